@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every task a person runs. Each target sets up what it needs below .venv and build/.
+
+PYTHON ?= python3
+# The virtual environment holds what we install, so its torch says nothing about this
+# machine; setup.py asks an installed torch first, this asks the machine.
+VLLM_TARGET_DEVICE ?= $(shell command -v nvidia-smi >/dev/null && echo cuda || \
+    { command -v rocm-smi >/dev/null && echo rocm || echo cpu; })
+export VLLM_TARGET_DEVICE
+# What is built; another base is another build.
+TARGET := $(VLLM_TARGET_DEVICE)$(VLLM_BASE_VERSION)$(notdir $(VLLM_PRECOMPILED_WHEEL_LOCATION))
+PYTEST_FLAGS ?= -n auto --maxprocesses=4
+
+BIN := .venv/bin
+TOOLS_READY := .venv/.tools
+LINT_READY := .venv/.lint
+FORK_READY := .venv/.fork-$(TARGET)
+WHEEL := build/wheel-$(TARGET)
+WHEEL_SOURCES := setup.py UPSTREAM.toml $(wildcard tools/*.py) \
+    $(shell find patches vllm -type f -not -path '*/__pycache__/*')
+# A ROCm image brings torch, triton and AITER of its own; the environment must see them.
+VENV_FLAGS := $(if $(filter rocm,$(VLLM_TARGET_DEVICE)),--system-site-packages)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install wheel demo test test-mutants fixtures tree patches mails \
+    check-patches lint bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | \
+	    expand -t 22
+
+install: $(FORK_READY) ## install the fork and what its tests need into .venv
+
+wheel: $(WHEEL) ## build the fork's wheel into dist/
+	@echo "wheel: $$(cat $(WHEEL))"
+
+demo: $(FORK_READY) ## serve a Quark INT8 export: right answers against garbage
+	$(BIN)/python -m examples.quark_int8_demo
+
+test: $(FORK_READY) ## run the tests
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+test-mutants: $(FORK_READY) ## show that named tests fail without each of 0001-0003
+	$(BIN)/python -m tools.mutants
+
+fixtures: $(TOOLS_READY) ## make the test checkpoints again with the real amd-quark
+	test -d build/quark || $(PYTHON) -m venv build/quark
+	build/quark/bin/pip install -r tests/fixtures/requirements.txt
+	build/quark/bin/python -m tests.fixtures.make_step3p5
+
+tree: $(TOOLS_READY) ## unpack the base to build/tree, one commit a patch, to edit there
+	$(BIN)/python -m tools.tree tree
+
+patches: $(TOOLS_READY) ## write patches/ back from build/tree
+	$(BIN)/python -m tools.tree patches
+
+mails: $(TOOLS_READY) ## write the stack with its new files to build/mails for git am
+	$(BIN)/python -m tools.tree mails
+
+check-patches: $(TOOLS_READY) ## apply every prefix of the series to every release
+	$(BIN)/python -m tools.tree check
+
+lint: $(LINT_READY) ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(FORK_READY) ## measure the INT8 fused MoE here
+	$(BIN)/python benchmarks/kernels/benchmark_cpu_int8_moe.py
+
+clean: ## remove what was built here, but not the cache of base wheels
+	rm -rf build dist .venv
+
+$(TOOLS_READY): requirements-build.txt
+	test -d .venv || $(PYTHON) -m venv $(VENV_FLAGS) .venv
+	$(BIN)/python -m pip install -r requirements-build.txt
+	@touch $@
+
+$(WHEEL): $(TOOLS_READY) $(WHEEL_SOURCES)
+	@mkdir -p build
+	$(BIN)/python -m tools.build
+	@ls -t dist/vllm-*.whl | head -n 1 > $@
+
+$(FORK_READY): $(WHEEL) requirements-$(VLLM_TARGET_DEVICE).txt requirements-test.txt
+	$(BIN)/python -m pip install -r requirements-$(VLLM_TARGET_DEVICE).txt \
+	    -r requirements-test.txt "$$(cat $(WHEEL))"
+	$(BIN)/python -m pip install --no-deps --force-reinstall "$$(cat $(WHEEL))"
+	@rm -f .venv/.fork-* && touch $@
+
+$(LINT_READY): $(FORK_READY) requirements-lint.txt
+	$(BIN)/python -m pip install -r requirements-lint.txt
+	@touch $@

