@@ -17,7 +17,7 @@ from wheel.wheelfile import WheelFile
 
 from tools.errors import ForkError
 from tools.series import apply_patch, touched_files
-from tools.upstream import BASE_NAMES, ROOT, overlay_files
+from tools.upstream import BASE_NAMES, overlay_files
 
 VERSION_FILE = "vllm/_version.py"
 
@@ -72,7 +72,7 @@ def _write(base: ZipFile, patches: Sequence[Path], version: str, path: Path) -> 
     changed[f"{old_info}/WHEEL"] = _wheel_file(base, path.name)
     members = {info.filename: info for info in base.infolist() if not info.is_dir()}
     overlay = overlay_files()
-    if shadowed := sorted(members.keys() & set(overlay)):
+    if shadowed := sorted(members.keys() & overlay.keys()):
         raise ForkError(
             f"vllm/ may only hold files that the base lacks, but {shadowed[0]} is in "
             f"{Path(base.filename or '').name}. Change it with a patch."
@@ -89,7 +89,7 @@ def _write(base: ZipFile, patches: Sequence[Path], version: str, path: Path) -> 
             if name in changed:
                 data = changed[name]
             else:
-                data = base.read(old) if old else (ROOT / name).read_bytes()
+                data = base.read(old) if old else overlay[name].read_bytes()
             info = ZipInfo(name.replace(old_info, new_info))
             info.date_time = old.date_time if old else date
             info.compress_type = ZIP_DEFLATED

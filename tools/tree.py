@@ -127,7 +127,7 @@ def write_patches(tree: Path, release: Release) -> None:
 def make_mails(folder: Path, release: Release) -> list[Path]:
     """Write the self-contained stack to `folder` and prove it. Raises ForkError."""
     patches = read_series(release.series)
-    overlay = set(overlay_files())
+    overlay = overlay_files()
     with tempfile.TemporaryDirectory() as scratch:
         tree, again = Path(scratch) / "tree", Path(scratch) / "again"
         make_pristine(default_base(release), tree)
@@ -140,9 +140,8 @@ def make_mails(folder: Path, release: Release) -> list[Path]:
                         f"{patch.name}: its trailer `Overlay: {name}` names no file of "
                         "the overlay, or one that an earlier patch named."
                     )
-                overlay.remove(name)
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, tree / name)
+                shutil.copy(overlay.pop(name), tree / name)
                 git("add", "--force", name, cwd=tree)
             identity = {k: v for k, v in COMMITTER.items() if "AUTHOR" not in k}
             git("commit", "--quiet", "--amend", "--no-edit", cwd=tree, env=identity)

