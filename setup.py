@@ -34,13 +34,12 @@ class BaseMetadata(dist_info):
     """Tell pip the base wheel's requirements before the wheel is made."""
 
     def run(self) -> None:
+        super().run()
         try:
-            version, metadata = build_metadata()
+            metadata = build_metadata()
         except ForkError as error:
             raise BaseError(str(error)) from None
-        folder = Path(self.output_dir) / f"vllm-{version}.dist-info"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "METADATA").write_bytes(metadata)
+        (Path(self.dist_info_dir) / "METADATA").write_bytes(metadata)
 
 
 class EggInfoInBuild(egg_info):

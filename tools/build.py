@@ -38,11 +38,11 @@ def base_wheel() -> BaseWheel:
     return listed_wheel(release(os.environ.get("VLLM_BASE_VERSION")), target)
 
 
-def build_metadata() -> tuple[str, bytes]:
-    """Version and METADATA of the wheel that `build_wheel` would make."""
+def build_metadata() -> bytes:
+    """METADATA of the wheel that `build_wheel` would make. Raises ForkError."""
     wheel = base_wheel()
     with ZipFile(fetch(wheel, location())) as base:
-        return wheel.version, metadata(base, wheel.version)
+        return metadata(base, wheel.version)
 
 
 def build_wheel(dist_folder: Path, without: Collection[str] = ()) -> Path:
