@@ -69,6 +69,7 @@ def am(patch: Path, folder: Path) -> None:
     try:
         git("am", "--quiet", "--keep-non-patch", patch, cwd=folder, env=identity)
     except subprocess.CalledProcessError as error:
+        git("am", "--abort", cwd=folder)
         raise ForkError(f"git am {patch.name}: {error.stderr.strip()}") from None
 
 
