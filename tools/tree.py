@@ -35,15 +35,14 @@ from tools.upstream import (
 
 TREE = ROOT / "build/tree"
 MAILS = ROOT / "build/mails"
-# Who commits, and when, is the same on every machine, so that exports are too.
+# Who commits, and when, is the same on every machine, so that exports are too. A
+# patch brings its author; the pristine base has this one.
 COMMITTER = {
     "GIT_COMMITTER_NAME": "vllm-quark-int8",
-    "GIT_COMMITTER_EMAIL": "vllm-quark-int8@localhost",
-    "GIT_AUTHOR_NAME": "vLLM",
-    "GIT_AUTHOR_EMAIL": "vllm@localhost",
-    "GIT_AUTHOR_DATE": "2026-01-01T00:00:00Z",
+    "GIT_COMMITTER_EMAIL": "maintainers@vllm-quark-int8.invalid",
     "GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z",
 }
+AUTHOR = {key.replace("COMMITTER", "AUTHOR"): v for key, v in COMMITTER.items()}
 
 
 def default_base(release: Release) -> Path:
@@ -59,17 +58,16 @@ def make_pristine(base_path: Path, folder: Path) -> None:
     git("init", "--quiet", "--initial-branch=main", cwd=folder)
     git("add", "--all", cwd=folder)
     message = f"Pristine {base_path.name}"
-    git("commit", "--quiet", "-m", message, cwd=folder, env=COMMITTER)
+    git("commit", "--quiet", "-m", message, cwd=folder, env=COMMITTER | AUTHOR)
     git("tag", "base", cwd=folder)
 
 
 def am(patch: Path, folder: Path) -> None:
     """Commit a patch. Raises ForkError."""
-    identity = {k: v for k, v in COMMITTER.items() if "AUTHOR" not in k}
     try:
-        git("am", "--quiet", "--keep-non-patch", patch, cwd=folder, env=identity)
+        git("am", "--quiet", "--keep-non-patch", patch, cwd=folder, env=COMMITTER)
     except subprocess.CalledProcessError as error:
-        git("am", "--abort", cwd=folder)
+        git("am", "--abort", cwd=folder, env=COMMITTER)
         raise ForkError(f"git am {patch.name}: {error.stderr.strip()}") from None
 
 
@@ -144,8 +142,7 @@ def make_mails(folder: Path, release: Release) -> list[Path]:
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(overlay.pop(name), tree / name)
                 git("add", "--force", name, cwd=tree)
-            identity = {k: v for k, v in COMMITTER.items() if "AUTHOR" not in k}
-            git("commit", "--quiet", "--amend", "--no-edit", cwd=tree, env=identity)
+            git("commit", "--quiet", "--amend", "--no-edit", cwd=tree, env=COMMITTER)
         if overlay:
             raise ForkError(
                 f"no patch names {', '.join(sorted(overlay))}: add `Overlay: <file>` "

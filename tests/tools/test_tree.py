@@ -40,7 +40,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def commit(tree: Path, message: str) -> None:
-    git("commit", "-qam", message, cwd=tree, env=tree_module.COMMITTER)
+    identity = tree_module.COMMITTER | tree_module.AUTHOR
+    git("commit", "-qam", message, cwd=tree, env=identity)
 
 
 def test_tree_has_a_commit_a_patch(release: Release, tmp_path: Path):
@@ -168,6 +169,8 @@ def test_am_says_which_patch_fails(base: Path, series: Path, tmp_path: Path):
     second.write_text(second.read_text().replace("-line_12", "-line_13"))
     with pytest.raises(ForkError, match=f"git am {second.name}"):
         am(second, tmp_path / "tree")
+    assert git("status", "--porcelain", cwd=tmp_path / "tree").stdout == ""
+    assert not (tmp_path / "tree/.git/rebase-apply").exists()
 
 
 def test_export_does_not_heed_the_users_git(
