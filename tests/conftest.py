@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures and rules that every test shares."""
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+# Ask the driver's management library: asking CUDA would break processes forked later.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+HAS_GPU = torch.cuda.is_available()
+
+if not HAS_GPU:
+    # Both are read once, when vLLM and Triton are imported: vLLM drops Triton on a
+    # machine without a driver unless no device is visible on purpose, and Triton then
+    # runs its kernels in its interpreter.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+Parallel = Callable[[int, int], None]
+QuarkDict = Callable[..., dict[str, Any]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="seed of random inputs; fresh if absent")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # For the JUnit report that tools/mutants.py reads.
+        for marker in item.iter_markers("needs_patch"):
+            item.user_properties.append(("needs_patch", marker.args[0]))
+    if HAS_GPU:
+        return
+    reason = "needs a CUDA or ROCm GPU; torch.cuda.is_available() is False"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """A CPU generator, seeded afresh for each test; a failure shows the seed."""
+    seed = request.config.getoption("--seed")
+    if seed is None:
+        seed = secrets.randbits(32)
+    print(f"random inputs: repeat with --seed={seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def process_groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """vLLM's process groups, for this process alone."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.platforms import current_platform
+
+    meeting_point = tmp_path_factory.mktemp("process_groups") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        parallel_state.init_distributed_environment(
+            world_size=1,
+            rank=0,
+            distributed_init_method=f"file://{meeting_point}",
+            local_rank=0,
+            backend=current_platform.dist_backend,
+        )
+        parallel_state.ensure_model_parallel_initialized(1, 1)
+    yield
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+
+
+@pytest.fixture
+def device(process_groups: None) -> Iterator[torch.device]:
+    """The platform's device, made the default with bfloat16, as the engine does."""
+    from vllm.platforms import current_platform
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(current_platform.device_type) as chosen:
+            yield chosen
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def vllm_config(device: torch.device) -> Iterator[Any]:
+    """A current VllmConfig without a model, of this test alone."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        yield config
+
+
+@pytest.fixture
+def tensor_parallel(process_groups: None, monkeypatch: pytest.MonkeyPatch) -> Parallel:
+    """Call it with (rank, size): layers built from then on are that rank's share."""
+    from vllm.distributed import get_tp_group
+
+    def pretend(rank: int, size: int) -> None:
+        group = get_tp_group()
+        monkeypatch.setattr(group, "rank_in_group", rank)
+        monkeypatch.setattr(group, "world_size", size)
+
+    return pretend
+
+
+@pytest.fixture
+def quark_dict() -> QuarkDict:
+    """Make the `quantization_config` that amd-quark writes for an INT8 export."""
+
+    def make(
+        weight: str = "per_channel",
+        static: bool = False,
+        symmetric: bool = True,
+        exclude: tuple[str, ...] = (),
+    ) -> dict[str, Any]:
+        """Static activations have one scale a tensor, dynamic ones one a token."""
+        return {
+            "quant_method": "quark",
+            "export": {"kv_cache_group": [], "pack_method": "reorder"},
+            "global_quant_config": {
+                "weight": {
+                    "dtype": "int8",
+                    "qscheme": weight,
+                    "ch_axis": 0 if weight == "per_channel" else None,
+                    "is_dynamic": False,
+                    "symmetric": True,
+                },
+                "input_tensors": {
+                    "dtype": "int8",
+                    "qscheme": "per_tensor" if static else "per_channel",
+                    "ch_axis": None if static else 1,
+                    "is_dynamic": not static,
+                    "symmetric": symmetric,
+                },
+                "output_tensors": None,
+                "bias": None,
+            },
+            "layer_quant_config": {},
+            "layer_type_quant_config": {},
+            "exclude": list(exclude),
+        }
+
+    return make
