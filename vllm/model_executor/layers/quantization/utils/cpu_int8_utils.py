@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT8 on any CPU: per-token quantization and exact integer products.
+
+Not every CPU multiplies int8 exactly. Without VNNI or AMX, oneDNN uses an instruction
+that adds two products in int16 and saturates, which full-range values overflow. The
+products here are exact everywhere; `has_exact_int8_dot` says how they are computed.
+"""
+
+import functools
+
+import torch
+from vllm.utils.torch_utils import direct_register_custom_op
+
+# float32 holds every integer up to 2**24, so the sum of this many products of two
+# int8 values is exact in it, in any order.
+_EXACT_TERMS = 2**24 // (128 * 128)
+# Rows of the weight that are float32 at a time; they stay in the cache.
+_FLOAT_ROWS = 256
+
+# The float32 before 1/2. Added to a float32 of up to 127, it carries halves, and
+# nothing less, to the next integer; 1/2 would also carry the float32 before 1/2.
+_BELOW_HALF = 0.5 - 2**-25
+
+
+@functools.cache
+def has_exact_int8_dot() -> bool:
+    """Whether oneDNN's int8 products are exact on this CPU (VNNI, AMX).
+
+    It is tried out, with the values that overflow most, rather than read off the CPU's
+    flags: `ONEDNN_MAX_CPU_ISA` can hide an instruction set that the CPU has.
+    """
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127**2).all())
+
+
+def per_token_quant_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each row of `x` to int8 with a scale of its own.
+
+    Computes in float32 what upstream's Triton kernel of the same name does: the scale
+    is max(abs(row)), at least 1e-10, over 127, and halves round away from zero. (GPUs
+    divide approximately: on an H100, 1 value in 10,000 at most came out one step
+    apart. The CPU's `scaled_int8_quant` rounds halves to even, and gives zeros scale 0.)
+
+    Args:
+        x: [M, K], float.
+
+    Returns:
+        [M, K] int8 and scales [M, 1] float32.
+    """
+    x = x.float()
+    absmax = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-10)
+    x = x * (127 / absmax)
+    # The conversion drops the fraction.
+    return (x.sign() * _BELOW_HALF + x).to(torch.int8), absmax / 127
+
+
+def static_per_tensor_quant_int8(
+    x: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize `x` to int8 with the given scale.
+
+    Rounds halves to even and saturates, as `scaled_int8_quant` does everywhere.
+
+    Args:
+        x: [M, K], float.
+        scale: one float32.
+
+    Returns:
+        [M, K] int8 and the scale, repeated for each row, [M, 1] float32.
+    """
+    x_q = (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
+    return x_q, scale.expand(x.shape[0], 1).contiguous()
+
+
+def int8_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The exact product `a @ b.T`; `torch.ops.vllm.cpu_int8_mm` where compiled.
+
+    Args:
+        a: [M, K] int8, K below 2**17.
+        b: [N, K] int8.
+
+    Returns:
+        [M, N] int32.
+    """
+    # oneDNN misreads the strides of a matrix that is one column wide.
+    if has_exact_int8_dot() and a.shape[1] > 1:
+        return torch._int_mm(a, b.t())
+    return _int8_mm_in_float32(a, b)
+
+
+def _int8_mm_in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    out = a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.int32)
+    a_parts = a.float().split(_EXACT_TERMS, dim=1)
+    blocks = zip(out.split(_FLOAT_ROWS, dim=1), b.split(_FLOAT_ROWS), strict=True)
+    for out_block, b_block in blocks:
+        b_parts = b_block.float().split(_EXACT_TERMS, dim=1)
+        for a_part, b_part in zip(a_parts, b_parts, strict=True):
+            out_block += (a_part @ b_part.t()).int()
+    return out
+
+
+def _int8_mm_fake(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
+
+
+# torch.compile would unroll the loops.
+direct_register_custom_op(
+    op_name="cpu_int8_mm",
+    op_func=int8_mm,
+    fake_impl=_int8_mm_fake,
+    dispatch_key="CPU",
+)
