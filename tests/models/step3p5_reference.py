@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step-3.5 in plain torch float32, written from the architecture without vLLM.
+
+Tests compare vLLM's answers with it. Modules carry the names of the Hugging Face
+checkpoint, one ``nn.Linear`` per expert, so that amd-quark can quantize it as well.
+Batches are lists of token id lists; each sequence runs alone, without padding.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+FILE = "model.safetensors"
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Zero-centred RMS norm over the last dimension: a weight of 0 scales by 1."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + weight)
+
+
+def rotate(x: Tensor, theta: float, rotary_dim: int) -> Tensor:
+    """Rotary embedding of the first ``rotary_dim`` channels of x [T, heads, head_dim].
+
+    Channel i is paired with channel i + rotary_dim / 2; token t stands at position t.
+    """
+    half = rotary_dim // 2
+    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(x.shape[0], dtype=torch.float64)[:, None] * frequency
+    cos, sin = angle.cos().float()[:, None], angle.sin().float()[:, None]
+    first, second, rest = x.split((half, half, x.shape[-1] - rotary_dim), dim=-1)
+    return torch.cat(
+        (first * cos - second * sin, second * cos + first * sin, rest), dim=-1
+    )
+
+
+def attention_mask(length: int, window: int | None) -> Tensor:
+    """[query, key] bool: True where a query sees a key.
+
+    A query sees itself and what came before, ``window`` tokens in all if given.
+    """
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    """silu(gate) * up; with a limit, the first is capped and the second clamped."""
+    gate = F.silu(gate)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * up
+
+
+def route(
+    logits: Tensor, bias: Tensor, top_k: int, renormalize: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Choose experts for router logits [T, E]; returns weights and ids, both [T, k].
+
+    The bias [E] takes part in the choice only: weights are the plain sigmoid scores.
+    """
+    scores = logits.sigmoid()
+    ids = (scores + bias).topk(top_k, dim=-1).indices
+    weights = scores.gather(1, ids)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights * scale, ids
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden: int, intermediate: int, limit: float | None) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: SimpleNamespace, index: int) -> None:
+        super().__init__()
+        heads, kv_heads = config.num_attention_heads, config.num_attention_groups
+        dim, hidden = config.head_dim, config.hidden_size
+        other = config.attention_other_setting
+        self.window = None
+        if config.layer_types[index] == "sliding_attention":
+            self.window = config.sliding_window
+        if config.layer_types[index] == other["attention_type"]:
+            heads, kv_heads = (
+                other["num_attention_heads"],
+                other["num_attention_groups"],
+            )
+            dim = other["head_dim"]
+        self.head_dim = dim
+        self.theta = config.rope_theta[index]
+        self.rotary_dim = int(dim * config.partial_rotary_factors[index])
+        self.q_proj = nn.Linear(hidden, heads * dim, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_heads * dim, bias=False)
+        self.o_proj = nn.Linear(heads * dim, hidden, bias=False)
+        self.g_proj = nn.Linear(hidden, heads, bias=False)
+        self.q_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[0]
+        q = self.q_norm(self.q_proj(x).view(length, -1, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(length, -1, self.head_dim))
+        v = self.v_proj(x).view(length, -1, self.head_dim)
+        q = rotate(q, self.theta, self.rotary_dim)
+        k = rotate(k, self.theta, self.rotary_dim)
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * self.head_dim**-0.5
+        scores = scores.masked_fill(~attention_mask(length, self.window), -torch.inf)
+        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+        out = out * self.g_proj(x).sigmoid()[..., None]
+        return self.o_proj(out.flatten(1))
+
+
+class MoE(nn.Module):
+    """The routed experts; the shared expert stands beside them in the layer."""
+
+    def __init__(self, config: SimpleNamespace, index: int) -> None:
+        super().__init__()
+        num_experts = config.moe_num_experts
+        limit = config.swiglu_limits[index] or None
+        self.gate = nn.Linear(config.hidden_size, num_experts, bias=False)
+        self.router_bias = nn.Parameter(torch.zeros(num_experts))
+        self.experts = nn.ModuleList(
+            MLP(config.hidden_size, config.moe_intermediate_size, limit)
+            for _ in range(num_experts)
+        )
+        self.top_k = config.moe_top_k
+        self.renormalize = config.norm_expert_weight
+        self.scale = config.moe_router_scaling_factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = route(
+            self.gate(x), self.router_bias, self.top_k, self.renormalize, self.scale
+        )
+        out = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            token, slot = (ids == index).nonzero(as_tuple=True)
+            if token.numel():
+                out[token] += expert(x[token]) * weights[token, slot, None]
+        return out
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: SimpleNamespace, index: int) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        limit = config.swiglu_limits_shared[index] or None
+        self.self_attn = Attention(config, index)
+        self.is_moe = str(index) in config.moe_layers_enum.split(",")
+        if self.is_moe:
+            self.moe = MoE(config, index)
+            self.share_expert = MLP(hidden, config.share_expert_dim, limit)
+        else:
+            self.mlp = MLP(hidden, config.intermediate_size, limit)
+        self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x))
+        h = self.post_attention_layernorm(x)
+        if self.is_moe:
+            return x + self.moe(h) + self.share_expert(h)
+        return x + self.mlp(h)
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        x = self.embed_tokens(token_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+class Step3p5(nn.Module):
+    """The whole model: token ids [T] int64 to logits [T, vocab_size] float32."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.lm_head(self.model(token_ids))
+
+
+def split_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename 3-key experts, ``moe.gate_proj.*`` [E, ...], to ``moe.experts.<e>.*``."""
+    split = {}
+    for name, tensor in weights.items():
+        prefix, found, rest = name.partition(".moe.")
+        if found and rest.startswith(PROJECTIONS):
+            for expert, slice_ in enumerate(tensor):
+                split[f"{prefix}.moe.experts.{expert}.{rest}"] = slice_
+        else:
+            split[name] = tensor
+    return split
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint as float32 under per-expert names.
+
+    Symmetric INT8 weights come back as scale * integer, per tensor or per output
+    channel. Raises ValueError for int8 without a scale or with zero points.
+    """
+    raw = split_experts(load_file(folder / FILE))
+    weights = {}
+    for name, tensor in raw.items():
+        if name.endswith("_zero_point") and tensor.any():
+            raise ValueError(f"{name}: expected symmetric weights, found zero points")
+        if name.endswith(("_scale", "_zero_point")):
+            continue
+        if tensor.dtype == torch.int8:
+            if f"{name}_scale" not in raw:
+                raise ValueError(f"{name}: int8 without {name}_scale")
+            tensor = tensor * raw[f"{name}_scale"].float().reshape(-1, 1)
+        weights[name] = tensor.float()
+    return weights
+
+
+def quantize_per_token(x: Tensor) -> Tensor:
+    """Round x [..., K] to the 255 levels that symmetric INT8 gives each token."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+def load(folder: Path, int8_inputs: bool = False) -> Step3p5:
+    """The model of a checkpoint folder; its names must match the model's exactly.
+
+    With ``int8_inputs`` the modules that the folder holds in INT8 also round their
+    inputs per token: what a W8A8 kernel computes, but for float rounding.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    model = Step3p5(SimpleNamespace(**config))
+    model.load_state_dict(read_weights(folder))
+    if int8_inputs:
+        for name, tensor in split_experts(load_file(folder / FILE)).items():
+            if tensor.dtype == torch.int8:
+                module = model.get_submodule(name.removesuffix(".weight"))
+                module.register_forward_pre_hook(
+                    lambda _, inputs: quantize_per_token(inputs[0])
+                )
+    return model.eval().requires_grad_(False)
+
+
+def logprobs(model: Step3p5, batch: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probabilities of each sequence's next token, [len(batch), vocab_size]."""
+    last = [model(torch.tensor(token_ids))[-1] for token_ids in batch]
+    return torch.stack(last).log_softmax(-1)
+
+
+def agreement(expected: Tensor, found: Tensor, top: int = 20) -> tuple[float, float]:
+    """How far two logprobs [B, V] agree: same first token, shared part of the top."""
+    first = (expected.argmax(-1) == found.argmax(-1)).double().mean()
+    in_top = [
+        torch.zeros_like(logprobs).scatter(1, logprobs.topk(top).indices, 1.0)
+        for logprobs in (expected, found)
+    ]
+    return first.item(), (in_top[0] * in_top[1]).sum(-1).mean().item() / top
+
+
+def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Strings of 4 to 47 random bytes: shorter and longer than the sliding window."""
+    rng = random.Random(seed)
+    return [list(rng.randbytes(rng.randrange(4, 48))) for _ in range(count)]
