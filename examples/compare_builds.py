@@ -30,6 +30,7 @@ WORK = ROOT / "build/demo"
 EXPORTS = {"3key": FIXTURES / "int8-3key", "per_expert": FIXTURES / "int8-per-expert"}
 NUM_PROMPTS = 64
 TOP = 20
+MEMORY_SHARE = 0.3  # of the device's memory: more than the small model needs
 
 
 def make_prompts() -> list[list[int]]:
@@ -68,7 +69,7 @@ def ask(
     script = ROOT / "examples/first_token_logprobs.py"
     with log.open("w") as file:
         done = subprocess.run(
-            [sys.executable, script, export, questions, answers],
+            [sys.executable, script, export, questions, answers, str(MEMORY_SHARE)],
             env=environment(package),
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask a checkpoint for the log probabilities of the first token after each prompt.
 
-    first_token_logprobs.py CHECKPOINT PROMPTS.json ANSWERS.json
+    first_token_logprobs.py CHECKPOINT PROMPTS.json ANSWERS.json MEMORY_SHARE
 
 PROMPTS is a list of token id lists. ANSWERS gets a row a prompt with the log
-probability of every token of the vocabulary; null where it is not finite. Runs with
-whatever vLLM comes first on the path, so that two builds can be compared.
+probability of every token of the vocabulary; null where it is not finite. MEMORY_SHARE
+is vLLM's gpu_memory_utilization. Runs with whatever vLLM comes first on the path, so
+that two builds can be compared.
 """
 
 import json
@@ -18,13 +19,14 @@ from vllm.sampling_params import SamplingParams
 
 
 def main() -> None:
-    checkpoint, prompts, answers = map(Path, sys.argv[1:])
+    checkpoint, prompts, answers = map(Path, sys.argv[1:4])
     llm = LLM(
         str(checkpoint),
         dtype="bfloat16",
         enforce_eager=True,
         max_model_len=256,
         max_logprobs=-1,
+        gpu_memory_utilization=float(sys.argv[4]),
         seed=0,
     )
     outputs = llm.generate(
