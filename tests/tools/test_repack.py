@@ -174,7 +174,7 @@ except ForkError as error:
 
 def repack_in_a_child(setup: str, base: Path, dist: Path) -> subprocess.Popen:
     code = REPACK_IN_A_CHILD.format(setup=setup, version=VERSION)
-    command = [sys.executable, "-c", code, base, dist]
+    command: list[str | Path] = [sys.executable, "-c", code, base, dist]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 

@@ -144,8 +144,8 @@ def _experts_mm(
     unique, counts = experts.unique_consecutive(return_counts=True)
     parts = [t.split(counts.tolist()) for t in (x_q, x_scale, out)]
     for expert, rows, scale, out_rows in zip(unique.tolist(), *parts, strict=True):
-        product = int8_mm(rows, weight[expert])
-        torch.mul(product * scale, weight_scale[expert].flatten(), out=out_rows)
+        torch.mul(int8_mm(rows, weight[expert]), scale, out=out_rows)
+        out_rows *= weight_scale[expert].flatten()
     return out
 
 

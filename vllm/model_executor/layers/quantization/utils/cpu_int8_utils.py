@@ -17,6 +17,11 @@ _EXACT_TERMS = 2**24 // (128 * 128)
 # Rows of the weight that are float32 at a time; they stay in the cache.
 _FLOAT_ROWS = 256
 
+# oneDNN rearranges its right operand for each product. Rows a multiple of a page apart,
+# as with 4096 input features, evict each other from the cache meanwhile: unless it pays
+# off for many rows of the other operand, such a weight goes to the left.
+_PAGE = 4096
+_FEW_ROWS = 64
 # The float32 before 1/2. Added to a float32 of up to 127, it carries halves, and
 # nothing less, to the next integer; 1/2 would also carry the float32 before 1/2.
 _BELOW_HALF = 0.5 - 2**-25
@@ -37,9 +42,9 @@ def per_token_quant_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize each row of `x` to int8 with a scale of its own.
 
     Computes in float32 what upstream's Triton kernel of the same name does: the scale
-    is max(abs(row)), at least 1e-10, over 127, and halves round away from zero. (GPUs
-    divide approximately: on an H100, 1 value in 10,000 at most came out one step
-    apart. The CPU's `scaled_int8_quant` rounds halves to even, and gives zeros scale 0.)
+    is max(abs(row)), at least 1e-10, over 127, and halves round away from zero. GPUs
+    divide approximately, so a value close to a half may be one step apart there. (The
+    CPU's `scaled_int8_quant` rounds halves to even, and gives zeros a scale of zero.)
 
     Args:
         x: [M, K], float.
@@ -49,7 +54,8 @@ def per_token_quant_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     x = x.float()
     absmax = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-10)
-    x = x * (127 / absmax)
+    # Not 127 / absmax: torch takes the reciprocal first, which rounds twice.
+    x = x * (torch.full_like(absmax, 127) / absmax)
     # The conversion drops the fraction.
     return (x.sign() * _BELOW_HALF + x).to(torch.int8), absmax / 127
 
@@ -83,9 +89,11 @@ def int8_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         [M, N] int32.
     """
     # oneDNN misreads the strides of a matrix that is one column wide.
-    if has_exact_int8_dot() and a.shape[1] > 1:
-        return torch._int_mm(a, b.t())
-    return _int8_mm_in_float32(a, b)
+    if not has_exact_int8_dot() or a.shape[1] == 1:
+        return _int8_mm_in_float32(a, b)
+    if b.stride(0) % _PAGE == 0 and a.shape[0] <= _FEW_ROWS:
+        return torch._int_mm(b, a.t()).t().contiguous()
+    return torch._int_mm(a, b.t())
 
 
 def _int8_mm_in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routing on a CPU, through upstream's own routers, against float64."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vllm._custom_ops as ops
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe.router.cpu_topk import (
+    topk_sigmoid,
+    topk_softmax,
+)
+from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
+    fused_topk_bias,
+)
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
+from vllm.platforms import current_platform
+
+pytestmark = pytest.mark.skipif(
+    not current_platform.is_cpu(), reason="needs a vLLM built for CPUs"
+)
+
+TOPK = {"sigmoid": topk_sigmoid, "softmax": topk_softmax}
+each_scoring_func = pytest.mark.parametrize("scoring_func", TOPK)
+each_renormalize = pytest.mark.parametrize(
+    "renormalize", [False, True], ids=["scores", "renormalized"]
+)
+
+
+def in_float64(
+    logits: Tensor,
+    scoring_func: str,
+    top_k: int,
+    renormalize: bool,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Weights and ids, one token at a time. Ties go to the lower id."""
+    weights, ids = [], []
+    for row in logits.double():
+        exps = row.exp()
+        scores = exps / exps.sum() if scoring_func == "softmax" else exps / (1 + exps)
+        biased = scores if bias is None else scores + bias.double()
+        best = sorted(range(len(row)), key=lambda e: (-biased[e].item(), e))[:top_k]
+        chosen = scores[best]
+        weights.append(chosen / chosen.sum() if renormalize else chosen)
+        ids.append(best)
+    return torch.stack(weights), torch.tensor(ids)
+
+
+@each_scoring_func
+@each_renormalize
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_tokens", [0, 1, 33])
+def test_router_with_bias_matches_float64(
+    scoring_func, renormalize, dtype, num_tokens, rng
+):
+    """Step-3.5's: 288 experts, top 8, a float32 bias and a scaling factor."""
+    logits = torch.randn(num_tokens, 288, generator=rng).to(dtype)
+    bias = torch.randn(288, generator=rng)
+    weights, ids = fused_topk_bias(
+        hidden_states=torch.empty(num_tokens, 1),
+        gating_output=logits,
+        scoring_func=scoring_func,
+        e_score_correction_bias=bias,
+        topk=8,
+        renormalize=renormalize,
+        routed_scaling_factor=3.0,
+    )
+    assert (weights.dtype, ids.dtype) == (torch.float32, torch.int32)
+    assert weights.shape == ids.shape == (num_tokens, 8)
+    if num_tokens:
+        expected, expected_ids = in_float64(logits, scoring_func, 8, renormalize, bias)
+        assert torch.equal(ids.long(), expected_ids)
+        torch.testing.assert_close(weights.double(), 3 * expected, rtol=1e-5, atol=0)
+
+
+@each_scoring_func
+@each_renormalize
+def test_router_without_bias_matches_float64(scoring_func, renormalize, rng):
+    logits = torch.randn(33, 60, generator=rng)
+    weights, ids, _ = fused_topk(
+        torch.empty(33, 1), logits, 4, renormalize, torch.int64, scoring_func
+    )
+    expected, expected_ids = in_float64(logits, scoring_func, 4, renormalize, None)
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
+
+
+def route(
+    scoring_func: str, logits: Tensor, top_k: int, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """The operator itself, with outputs that hold what no router writes."""
+    weights = torch.full((len(logits), top_k), torch.nan)
+    ids = torch.full((len(logits), top_k), -1, dtype=torch.int32)
+    TOPK[scoring_func](weights, ids, logits, *options)
+    return weights, ids
+
+
+@each_scoring_func
+@pytest.mark.parametrize("num_experts", [16, 288])
+def test_ties_go_to_the_lower_id(scoring_func, num_experts):
+    logits = torch.zeros(50, num_experts)
+    logits[:, num_experts // 2 :] = 1
+    _, ids = route(scoring_func, logits, num_experts // 2 + 2)
+    higher = list(range(num_experts // 2, num_experts))
+    assert ids.tolist() == [[*higher, 0, 1]] * 50
+
+
+@each_scoring_func
+def test_bias_chooses_and_does_not_weigh(scoring_func, rng):
+    logits = torch.randn(5, 16, generator=rng)
+    bias = torch.zeros(16)
+    bias[[3, 11]] = 100.0
+    bias[11] += 1
+    weights, ids = route(scoring_func, logits, 2, False, bias)
+    assert ids.tolist() == [[11, 3]] * 5
+    unbiased, unbiased_ids = route(scoring_func, logits, 16)
+    for row, slot in ((0, 11), (4, 3)):
+        position = unbiased_ids[row].tolist().index(slot)
+        assert weights[row, [11, 3].index(slot)] == unbiased[row, position]
+
+
+def test_scores_that_underflow_stay_zero():
+    weights, _ = route("sigmoid", torch.full((2, 8), -200.0), 4, True)
+    assert torch.equal(weights, torch.zeros(2, 4))
+
+
+@each_scoring_func
+def test_compiles_whole(scoring_func, rng):
+    logits = torch.randn(5, 16, generator=rng)
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    expected = route(scoring_func, logits, 4, True)
+    for output, eager in zip(
+        compiled(scoring_func, logits, 4, True), expected, strict=True
+    ):
+        assert torch.equal(output, eager)
+
+
+@each_scoring_func
+def test_other_platforms_keep_their_operator(scoring_func, monkeypatch):
+    calls = []
+    name = f"topk_{scoring_func}"
+    operators = SimpleNamespace(**{name: lambda *args: calls.append(args)})
+    gpu = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setattr(ops, "current_platform", gpu)
+    monkeypatch.setattr(torch.ops, "_moe_C", operators, raising=False)
+    arguments = tuple(object() for _ in range(6))
+    getattr(ops, name)(*arguments)
+    assert calls == [arguments]

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT8 on a CPU: quantization, exact products on each instruction set, linear layers.
+
+References are exact integers and float64; none of them multiplies int8.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from decimal import ROUND_HALF_UP, Decimal
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import vllm._custom_ops as ops
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+from torch import Tensor, nn
+from vllm.model_executor.kernels.linear.scaled_mm import cpu_exact
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import (
+    CPUInt8ScaledMMLinearKernel,
+)
+from vllm.model_executor.kernels.linear.scaled_mm.cpu_exact import (
+    CPUExactInt8ScaledMMLinearKernel,
+)
+from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
+    Int8ScaledMMLinearLayerConfig,
+)
+from vllm.model_executor.layers.quantization.utils import cpu_int8_utils
+from vllm.model_executor.layers.quantization.utils.cpu_int8_utils import (
+    has_exact_int8_dot,
+    int8_mm,
+    per_token_quant_int8,
+    static_per_tensor_quant_int8,
+)
+from vllm.platforms import PlatformEnum, current_platform
+from vllm.triton_utils import tl, triton
+
+# By name: to mypy these are the overlay's folders.
+linear = import_module("vllm.model_executor.kernels.linear")
+int8_utils = import_module("vllm.model_executor.layers.quantization.utils.int8_utils")
+
+pytestmark = pytest.mark.skipif(
+    not current_platform.is_cpu(), reason="needs a vLLM built for CPUs"
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def full_range(*shape: int, rng: torch.Generator) -> Tensor:
+    return torch.randint(-128, 128, shape, generator=rng, dtype=torch.int8)
+
+
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    return a.long() @ b.long().t()
+
+
+# --- quantization ---
+
+
+def quantized_in_decimal(row: np.ndarray) -> tuple[list[int], np.float32]:
+    """The rule of `per_token_quant_int8`: two float32 operations, then decimal."""
+    absmax = max(np.abs(row).max(), np.float32(1e-10))
+    factor = np.float32(127) / absmax
+    steps = [Decimal(float(np.float32(x * factor))) for x in row]
+    whole = [int(x.quantize(Decimal(1), ROUND_HALF_UP)) for x in steps]
+    return whole, absmax / np.float32(127)
+
+
+@given(
+    st_numpy.arrays(
+        np.float32,
+        st_numpy.array_shapes(min_dims=2, max_dims=2, max_side=17),
+        elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
+    )
+)
+def test_per_token_quant_rounds_each_row_by_the_rule(x):
+    x_q, scale = per_token_quant_int8(torch.from_numpy(x))
+    assert (x_q.dtype, scale.dtype) == (torch.int8, torch.float32)
+    assert scale.shape == (len(x), 1)
+    for row, row_q, row_scale in zip(x, x_q.tolist(), scale[:, 0], strict=True):
+        expected, expected_scale = quantized_in_decimal(row)
+        assert row_q == expected
+        assert row_scale.item() == expected_scale
+
+
+def test_per_token_quant_at_every_half():
+    """Halves go away from zero; the float32 before a half goes to zero."""
+    halves = torch.arange(-126.5, 127, dtype=torch.float32)
+    toward_zero = torch.nextafter(halves, torch.zeros(()))
+    x = torch.stack([halves, toward_zero])
+    x = torch.cat([x, torch.full((2, 1), 127.0)], dim=1)  # a scale of one
+    x_q, scale = per_token_quant_int8(x)
+    assert torch.equal(scale, torch.ones(2, 1))
+    assert x_q[0, :-1].tolist() == [int(h + 0.5 * np.sign(h)) for h in halves.tolist()]
+    assert x_q[1, :-1].tolist() == [int(h) for h in halves.tolist()]
+
+
+def test_per_token_quant_of_zeros():
+    x_q, scale = per_token_quant_int8(torch.zeros(2, 5, dtype=torch.bfloat16))
+    assert not x_q.any()
+    assert torch.equal(scale, torch.full((2, 1), 1e-10) / 127)
+
+
+@triton.jit
+def round_int8(x):
+    """libdevice's round, which Triton's interpreter lacks: halves away from zero."""
+    return tl.where(x < 0, tl.ceil(x - 0.5), tl.floor(x + 0.5)).to(tl.int8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_per_token_quant_equals_upstream_kernel(dtype, rng, monkeypatch):
+    """Triton's interpreter divides in IEEE float32, so all bits agree."""
+    monkeypatch.setattr(int8_utils, "round_int8", round_int8)
+    x = torch.randn(99, 96, generator=rng).to(dtype)
+    x[:, 0] = x.abs().amax(dim=1) / 2  # a half, in exact arithmetic
+    x[0] = torch.arange(96) - 33.5
+    x[0, 0] = 127
+    x[1] = 0
+    expected_q, expected_scale = int8_utils.per_token_quant_int8(x)
+    x_q, scale = per_token_quant_int8(x)
+    assert torch.equal(x_q, expected_q)
+    assert torch.equal(scale, expected_scale)
+
+
+def test_static_quant_equals_upstream_kernel(rng):
+    x = torch.randn(9, 64, generator=rng) * 100
+    x[0] = torch.arange(64) - 31.5
+    scale = torch.tensor(0.5)
+    expected_q, _, _ = ops.scaled_int8_quant(x, scale=scale)
+    x_q, row_scale = static_per_tensor_quant_int8(x, scale)
+    assert torch.equal(x_q, expected_q)
+    assert x_q.min() == -128 and x_q.max() == 127  # it saturates
+    assert torch.equal(row_scale, torch.full((9, 1), 0.5))
+
+
+# --- products ---
+
+PRODUCTS: dict[str, Any] = {
+    "int8_mm": int8_mm,
+    "float32": cpu_int8_utils._int8_mm_in_float32,
+    "op": torch.ops.vllm.cpu_int8_mm,
+}
+each_product = pytest.mark.parametrize("product", PRODUCTS)
+
+
+@each_product
+@pytest.mark.parametrize("m", [0, 1, 2, 15, 16, 33])
+@pytest.mark.parametrize("n, k", [(1, 1), (5, 1), (3, 7), (64, 64), (257, 1025)])
+def test_product_is_exact(product, m, n, k, rng):
+    a, b = full_range(m, k, rng=rng), full_range(n, k, rng=rng)
+    result = PRODUCTS[product](a, b)
+    assert result.dtype == torch.int32
+    assert torch.equal(result.long(), exact_product(a, b))
+
+
+@each_product
+@pytest.mark.parametrize("left, right", [(-128, -128), (-128, 127), (127, 127)])
+def test_product_of_the_largest_values_is_exact(product, left, right):
+    """The sums pass 2**24, where float32 stops holding every integer, and are odd."""
+    a = torch.full((17, 4097), left, dtype=torch.int8)
+    b = torch.full((19, 4097), right, dtype=torch.int8)
+    b[:, 0] = 1
+    assert torch.equal(PRODUCTS[product](a, b).long(), exact_product(a, b))
+
+
+def test_product_takes_rows_that_are_apart(rng):
+    a, b = full_range(8, 96, rng=rng)[:, :64], full_range(24, 64, rng=rng)[::2]
+    assert torch.equal(int8_mm(a, b).long(), exact_product(a, b))
+
+
+ON_EACH_ISA = """
+import sys, torch
+from vllm.model_executor.layers.quantization.utils import cpu_int8_utils as utils
+largest = torch.full((64, 1024), 127, dtype=torch.int8)
+for a, b in (largest, largest), (largest, ~largest), (~largest, ~largest):
+    for rows in (1, 4, 16, 64):
+        expected = a[:rows].long() @ b.long().t()
+        assert torch.equal(utils.int8_mm(a[:rows], b).long(), expected), rows
+for _ in range(20):
+    m, n, k = torch.randint(1, 100, (3,)).tolist()
+    a, b = (torch.randint(-128, 128, (i, k), dtype=torch.int8) for i in (m, n))
+    assert torch.equal(utils.int8_mm(a, b).long(), a.long() @ b.long().t()), (m, n, k)
+print("exact dot:", utils.has_exact_int8_dot())
+"""
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="needs an x86-64 CPU: it names x86 ISAs"
+)
+@pytest.mark.parametrize(
+    "isa", ["AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_AMX"]
+)
+def test_product_is_exact_on(isa):
+    """oneDNN uses the best instruction set that this CPU has, up to the named one."""
+    child = subprocess.run(
+        [sys.executable, "-c", ON_EACH_ISA],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    if isa in ("AVX2", "AVX512_CORE"):  # without VNNI it saturates, on every CPU
+        assert "exact dot: False" in child.stdout
+
+
+# --- linear layers ---
+
+NAMES = ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"]
+WIDTHS = [24, 8]  # of a fused layer's two parts
+OUT_FEATURES, IN_FEATURES = sum(WIDTHS), 40
+
+
+def make_linear(
+    rng: torch.Generator, channelwise: bool, static: bool, column: bool = True
+) -> tuple[CPUExactInt8ScaledMMLinearKernel, Any, Tensor]:
+    """A kernel, its layer as loaded, and the weight's scale for each channel."""
+    config = Int8ScaledMMLinearLayerConfig(
+        is_static_input_scheme=static, is_channelwise=channelwise, input_symmetric=True
+    )
+    layer: Any = nn.Module()
+    layer.logical_widths = WIDTHS
+    weight = full_range(OUT_FEATURES, IN_FEATURES, rng=rng)
+    scale = torch.rand(OUT_FEATURES if channelwise else 2, generator=rng) + 0.5
+    by_channel = scale if channelwise else scale.repeat_interleave(torch.tensor(WIDTHS))
+    loaded = {
+        "weight": weight,
+        "weight_scale": scale[:, None] if channelwise and column else scale,
+        "input_scale": torch.tensor([0.02]) if static else None,
+    }
+    for name, tensor in loaded.items():
+        parameter = None if tensor is None else nn.Parameter(tensor, False)
+        layer.register_parameter(name, parameter)
+    kernel = CPUExactInt8ScaledMMLinearKernel(config, NAMES)
+    kernel.process_weights_after_loading(layer)
+    return kernel, layer, by_channel
+
+
+@pytest.fixture
+def no_upstream_kernel(monkeypatch):
+    """A CPU on which upstream's kernel cannot be used."""
+    monkeypatch.setattr(ops, "_supports_onednn", False)
+
+
+def linear_in_float64(x: Tensor, weight: Tensor, scale: Tensor, static: bool) -> Tensor:
+    quantized = (
+        static_per_tensor_quant_int8(x, torch.tensor(0.02))
+        if static
+        else per_token_quant_int8(x)
+    )
+    x_q, x_scale = (t.double() for t in quantized)
+    return (x_q @ weight.double().t()) * x_scale * scale.double()
+
+
+@pytest.mark.usefixtures("no_upstream_kernel")
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "channelwise, column", [(True, True), (True, False), (False, False)]
+)
+@pytest.mark.parametrize("shape", [(0,), (1,), (5,), (2, 3)], ids=str)
+def test_linear_matches_float64(channelwise, column, static, has_bias, shape, rng):
+    kernel, layer, scale = make_linear(rng, channelwise, static, column)
+    x = torch.randn(*shape, IN_FEATURES, generator=rng)
+    bias = torch.randn(OUT_FEATURES, generator=rng) * 100 if has_bias else None
+    output = kernel.apply_weights(layer, x, bias)
+    expected = linear_in_float64(
+        x.reshape(-1, IN_FEATURES), layer.weight, scale, static
+    )
+    if bias is not None:
+        expected = expected + bias
+    expected = expected.view(*shape, OUT_FEATURES)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("no_upstream_kernel")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_compiles_whole_and_keeps_the_dtype(dtype, rng):
+    kernel, layer, _ = make_linear(rng, channelwise=True, static=False)
+    x = torch.randn(5, IN_FEATURES, generator=rng).to(dtype)
+    compiled = torch.compile(kernel.apply_weights, fullgraph=True, backend="aot_eager")
+    output = compiled(layer, x)
+    assert output.dtype == dtype
+    assert torch.equal(output, kernel.apply_weights(layer, x))
+
+
+# (oneDNN in the build, exact int8 dot, AMX) -> who serves INT8 linear layers
+CPUS = {
+    "AVX2": (False, False, False, CPUExactInt8ScaledMMLinearKernel),
+    "AVX2_VNNI": (False, True, False, CPUExactInt8ScaledMMLinearKernel),
+    "AVX512": (True, False, False, CPUExactInt8ScaledMMLinearKernel),
+    "AVX512_VNNI": (True, True, False, CPUInt8ScaledMMLinearKernel),
+    "AMX": (True, True, True, CPUExactInt8ScaledMMLinearKernel),
+}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_linear_kernel_of(cpu, monkeypatch):
+    has_onednn, is_exact, has_amx, expected = CPUS[cpu]
+    monkeypatch.setattr(ops, "_supports_onednn", has_onednn)
+    monkeypatch.setattr(cpu_exact, "has_exact_int8_dot", lambda: is_exact)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    config = Int8ScaledMMLinearLayerConfig(False, True, True)
+    chosen = linear.choose_scaled_mm_linear_kernel(
+        config, linear._POSSIBLE_INT8_KERNELS
+    )
+    assert chosen is expected
+
+
+@pytest.mark.usefixtures("no_upstream_kernel")
+def test_linear_with_asymmetric_activations_is_left_to_upstream():
+    config = Int8ScaledMMLinearLayerConfig(True, True, input_symmetric=False)
+    chosen = linear.choose_scaled_mm_linear_kernel(
+        config, linear._POSSIBLE_INT8_KERNELS
+    )
+    assert chosen is CPUInt8ScaledMMLinearKernel
+
+
+def test_other_platforms_keep_their_kernels(monkeypatch):
+    for name, kernels in linear._POSSIBLE_INT8_KERNELS.items():
+        listed = CPUExactInt8ScaledMMLinearKernel in kernels
+        assert listed == (name == PlatformEnum.CPU)
+    gpu = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setattr(cpu_exact, "current_platform", gpu)
+    assert CPUExactInt8ScaledMMLinearKernel.is_supported() == (False, "requires CPU.")
+
+
+def test_probe_agrees_with_the_product(rng):
+    """On this very CPU."""
+    a, b = full_range(32, 512, rng=rng), full_range(64, 512, rng=rng)
+    is_exact = torch.equal(torch._int_mm(a, b.t()).long(), exact_product(a, b))
+    assert has_exact_int8_dot() == is_exact
