@@ -259,6 +259,16 @@ def test_any_shape_matches_float64(data):
     assert_matches(make_experts(shape, rng), batch, tolerance=0.02)
 
 
+def test_swiglustep_clips_after_silu(rng):
+    """silu(7) is 6.994: a gate clipped before comes out a thousandth too low."""
+    gate, up = torch.randn(2, 5, 200, generator=rng) * 8
+    output = cpu_int8_moe._activate(SWIGLUSTEP.value, torch.cat([gate, up], dim=1))
+    gate, up = gate.double(), up.double()
+    expected = (gate / (1 + (-gate).exp())).clamp(max=7) * up.clamp(-7, 7)
+    assert (expected == 49).any() and (expected == -49).any()
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 # --- routing ---
 
 
@@ -362,6 +372,16 @@ def test_compiles_whole(rng):
     options = Options(SWIGLUSTEP)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(experts, batch, options), run(experts, batch, options))
+
+
+def test_is_sound_where_compiled(rng):
+    experts, batch = make_experts(Shape(), rng), make_batch(Shape(), rng)
+    arguments = (
+        *(batch.hidden_states.bfloat16(), experts.w13, experts.w2),
+        *(batch.topk_weights, batch.topk_ids, SILU.value, False, None),
+        *(experts.w13_scale, experts.w2_scale, None, None, None, None),
+    )
+    torch.library.opcheck(torch.ops.vllm.cpu_int8_fused_experts.default, arguments)
 
 
 def test_other_activations_are_refused(rng):

@@ -130,7 +130,7 @@ def test_per_token_quant_equals_upstream_kernel(dtype, rng, monkeypatch):
 
 def test_static_quant_equals_upstream_kernel(rng):
     x = torch.randn(9, 64, generator=rng) * 100
-    x[0] = torch.arange(64) - 31.5
+    x[0] = (torch.arange(64) - 31.5) / 2  # halves
     scale = torch.tensor(0.5)
     expected_q, _, _ = ops.scaled_int8_quant(x, scale=scale)
     x_q, row_scale = static_per_tensor_quant_int8(x, scale)
@@ -150,12 +150,15 @@ each_product = pytest.mark.parametrize("product", PRODUCTS)
 
 
 @each_product
-@pytest.mark.parametrize("m", [0, 1, 2, 15, 16, 33])
-@pytest.mark.parametrize("n, k", [(1, 1), (5, 1), (3, 7), (64, 64), (257, 1025)])
+@pytest.mark.parametrize("m", [0, 1, 2, 15, 16, 33, 100])
+@pytest.mark.parametrize(
+    "n, k", [(1, 1), (5, 1), (3, 7), (64, 64), (257, 1025), (33, 4096)]
+)
 def test_product_is_exact(product, m, n, k, rng):
     a, b = full_range(m, k, rng=rng), full_range(n, k, rng=rng)
     result = PRODUCTS[product](a, b)
     assert result.dtype == torch.int32
+    assert result.is_contiguous()
     assert torch.equal(result.long(), exact_product(a, b))
 
 
@@ -170,8 +173,14 @@ def test_product_of_the_largest_values_is_exact(product, left, right):
 
 
 def test_product_takes_rows_that_are_apart(rng):
-    a, b = full_range(8, 96, rng=rng)[:, :64], full_range(24, 64, rng=rng)[::2]
+    a, b = full_range(8, 96, rng=rng)[:, :64], full_range(128, 64, rng=rng)[::64]
+    assert b.stride(0) == 4096
     assert torch.equal(int8_mm(a, b).long(), exact_product(a, b))
+
+
+def test_product_is_sound_where_compiled(rng):
+    a, b = full_range(3, 64, rng=rng), full_range(5, 64, rng=rng)
+    torch.library.opcheck(torch.ops.vllm.cpu_int8_mm.default, (a, b))
 
 
 ON_EACH_ISA = """
