@@ -72,9 +72,10 @@ bench: $(FORK_READY) ## measure the INT8 fused MoE here
 clean: ## remove what was built here, but not the cache of base wheels
 	rm -rf build dist .venv
 
-$(TOOLS_READY): requirements-build.txt
+$(TOOLS_READY): pyproject.toml
 	test -d .venv || $(PYTHON) -m venv $(VENV_FLAGS) .venv
-	$(BIN)/python -m pip install -r requirements-build.txt
+	$(BIN)/python -m pip install "pip>=25.1" # which knows dependency groups
+	$(BIN)/python -m pip install --group build
 	@touch $@
 
 $(WHEEL): $(TOOLS_READY) $(WHEEL_SOURCES)
@@ -82,12 +83,12 @@ $(WHEEL): $(TOOLS_READY) $(WHEEL_SOURCES)
 	$(BIN)/python -m tools.build
 	@ls -t dist/vllm-*.whl | head -n 1 > $@
 
-$(FORK_READY): $(WHEEL) requirements-$(VLLM_TARGET_DEVICE).txt requirements-test.txt
-	$(BIN)/python -m pip install -r requirements-$(VLLM_TARGET_DEVICE).txt \
-	    -r requirements-test.txt "$$(cat $(WHEEL))"
+$(FORK_READY): $(WHEEL) requirements-$(VLLM_TARGET_DEVICE).txt
+	$(BIN)/python -m pip install -r requirements-$(VLLM_TARGET_DEVICE).txt --group test \
+	    "$$(cat $(WHEEL))"
 	$(BIN)/python -m pip install --no-deps --force-reinstall "$$(cat $(WHEEL))"
 	@rm -f .venv/.fork-* && touch $@
 
-$(LINT_READY): $(FORK_READY) requirements-lint.txt
-	$(BIN)/python -m pip install -r requirements-lint.txt
+$(LINT_READY): $(FORK_READY)
+	$(BIN)/python -m pip install --group lint
 	@touch $@
