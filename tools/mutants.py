@@ -63,7 +63,7 @@ def main() -> None:
             failed, marked = run_tests(install_without(number))
             expected = marked[number]
             for name in sorted(failed):
-                console.print(f"  {name} failed", highlight=False)
+                console.print(f"  {name} failed", highlight=False, soft_wrap=True)
             if not expected or failed != expected:
                 raise ForkError(
                     f"without {number}: expected to fail, and passed: "
