@@ -51,8 +51,9 @@ def build_wheel(dist_folder: Path, without: Collection[str] = ()) -> Path:
     `without` names patches to leave out, such as "0001"; the version then says so.
     """
     started = time.monotonic()
-    # Unwind on `kill` as on Ctrl-C, so that the half-made wheel goes.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))
+    # Unwind, so that the half-made wheel goes, and end in one line.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("error: interrupted; no wheel made"))
     wheel = base_wheel()
     base_path = fetch(wheel, location())
     patches = read_series(wheel.release.series, without)

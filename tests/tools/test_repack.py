@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -213,3 +215,47 @@ def test_earlier_wheel_survives_a_failed_build(
         repack(base, read_series(series), VERSION, wheel.parent)
     assert wheel.read_bytes() == before
     assert leftovers(wheel.parent) == [wheel]
+
+
+BUILD_IN_A_CHILD = """
+import sys
+from pathlib import Path
+from tools import build, repack
+from tools.upstream import own_wheel
+
+write = repack.WheelFile.writestr
+
+def wait_in_the_middle(wheel, info, data):
+    write(wheel, info, data)
+    if not isinstance(info, str) and info.filename.endswith(".so"):
+        print("half made", flush=True)
+        sys.stdin.read()
+
+repack.WheelFile.writestr = wait_in_the_middle
+build.read_series = lambda *_: []
+build.build_wheel(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_a_build_in_one_line(base: Path, tmp_path: Path, number: int):
+    own = base.rename(base.with_name(base.name.replace("0.20.2", "0.20.2+cpu")))
+    env = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_PRECOMPILED_WHEEL_LOCATION": str(own)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", BUILD_IN_A_CHILD, tmp_path / "dist"],
+        cwd=ROOT,
+        env=os.environ | env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "half made\n"
+    assert leftovers(tmp_path / "dist")
+    child.send_signal(number)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert said.splitlines()[-1] == "error: interrupted; no wheel made"
+    assert "Traceback" not in said
+    assert leftovers(tmp_path / "dist") == []
