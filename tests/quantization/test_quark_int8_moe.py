@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
     record_metadata_for_reloading,
 )
+from vllm.platforms import current_platform
 from vllm.triton_utils import tl
 
 from tests.quantization.utils import poison, random_int8, random_scales
@@ -136,6 +137,11 @@ def _context(vllm_config: VllmConfig) -> None:
 
 
 def build(quark: dict[str, Any], **options: Any) -> FusedMoE:
+    scheme = quark["global_quant_config"]
+    per_channel = scheme["weight"]["qscheme"] == "per_channel"
+    static = scheme["input_tensors"]["is_dynamic"] is False
+    if per_channel and static and not current_platform.is_cpu():
+        pytest.skip("no kernel on a GPU has per-channel weights, static activations")
     layer = FusedMoE(
         num_experts=NUM_EXPERTS,
         top_k=TOP_K,
@@ -219,15 +225,14 @@ def test_column_of_one_expert_on_disk_is_refused(quark_dict, rng):
         checkpoint.load_into(layer)
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @each_layout
-def test_per_tensor_scales(layout, static, parallel, quark_dict, rng):
+def test_per_tensor_scales_of_static_activations(layout, parallel, quark_dict, rng):
     """One scale an expert: gate and up are quantized again with the larger of theirs.
 
     vLLM does so through float16, which moves a value by up to 127 * 2^-11.
     """
     parallel(layout)
-    quark = quark_dict(weight="per_tensor", static=static)
+    quark = quark_dict(weight="per_tensor", static=True)
     layer = build(quark)
     checkpoint = Checkpoint(quark, rng)
     checkpoint.load_into(layer)
@@ -242,6 +247,27 @@ def test_per_tensor_scales(layout, static, parallel, quark_dict, rng):
         weight = checkpoint.weight[shard][experts, rows].double()
         exact = weight * (scale.double() / larger)[:, None, None]
         assert (part - exact).abs().max() < 0.5 + 127 * 2**-11
+
+
+@each_layout
+def test_per_tensor_scales_of_dynamic_activations(layout, parallel, quark_dict, rng):
+    """A scale for each channel, as the kernels want it; the weights as they were."""
+    parallel(layout)
+    quark = quark_dict(weight="per_tensor")
+    layer = build(quark)
+    checkpoint = Checkpoint(quark, rng)
+    checkpoint.load_into(layer)
+    process(layer)
+
+    experts, rows = list(layout.experts), layout.intermediate
+    num_rows = rows.stop - rows.start
+    gate, up, down = (checkpoint.scale[shard][experts] for shard in ("w1", "w3", "w2"))
+    ones = torch.ones(len(experts), num_rows, device="cpu", dtype=torch.float32)
+    w13 = torch.cat([gate[:, None] * ones, up[:, None] * ones], dim=1)
+    w2 = down[:, None] * torch.ones(1, HIDDEN, device="cpu", dtype=torch.float32)
+    assert_scales(layer, (w13[..., None], w2[..., None]))
+    weight = torch.cat([checkpoint.weight[s][experts, rows] for s in ("w1", "w3")], 1)
+    assert torch.equal(layer.w13_weight.data.cpu(), weight)
 
 
 @pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
@@ -352,6 +378,13 @@ def test_quant_config_selection(weight, static, flags, has_bias, quark_dict, rng
         assert config.w2_bias.shape == (NUM_EXPERTS, HIDDEN)
     else:
         assert config.w1_bias is None and config.w2_bias is None
+
+
+def test_scheme_that_the_triton_kernel_misreads_is_refused(quark_dict, monkeypatch):
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    config = QuarkConfig.from_config(quark_dict(static=True))
+    with pytest.raises(NotImplementedError, match=r"model\.layers\.0\.moe\.experts: "):
+        config.get_quant_method(build(quark_dict()), "model.layers.0.moe.experts")
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
@@ -535,7 +568,8 @@ def experts_in_float64(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "weight, static", [("per_channel", False), ("per_tensor", True)]
+    "weight, static",
+    [("per_channel", False), ("per_tensor", False), ("per_tensor", True)],
 )
 def test_experts_match_float64(weight, static, device, quark_dict, rng):
     """Up to the int8 steps that bfloat16 between the products tips over.

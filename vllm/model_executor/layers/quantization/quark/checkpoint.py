@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a folder of safetensors files holds, from its index and headers alone.
+
+The format, as safetensors documents it: eight bytes with the
+length of the header, the header in JSON, the tensors' bytes without a gap.
+
+Needs Python alone and reads a few KB a file. Whatever does not add up is a
+CheckpointError that names the file, what was expected and what was found.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+INDEX = "model.safetensors.index.json"
+# safetensors' own limit.
+MAX_HEADER_BYTES = 100_000_000
+DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+DOWNLOAD_AGAIN = "download or copy the file again"
+_NUMBERED = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read right."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as a file's header gives it; `start` and `end` are offsets there."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)} in {self.file.name}"
+
+
+def _error(file: Path, expected: str, found: str, remedy: str) -> CheckpointError:
+    return CheckpointError(f"{file}: expected {expected}, found {found}; {remedy}")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} twice")
+    return found
+
+
+def _parse_json(file: Path, text: bytes, what: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _error(file, f"{what} in JSON", str(error), DOWNLOAD_AGAIN) from None
+    if not isinstance(parsed, dict):
+        found = type(parsed).__name__
+        raise _error(file, f"{what} as a JSON object", found, DOWNLOAD_AGAIN)
+    return parsed
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_counts(value: object) -> bool:
+    return isinstance(value, list) and all(_is_count(item) for item in value)
+
+
+def _read_entry(
+    file: Path, name: str, entry: object, data: int, size: int
+) -> TensorInfo:
+    """One tensor's entry; its offsets count from `data`, the file ends at `size`."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        expected = f"dtype, shape and data_offsets of {name!r}"
+        raise _error(file, expected, f"{entry!r:.200}", DOWNLOAD_AGAIN)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _error(
+            file, f"a dtype of safetensors for {name!r}", repr(dtype), DOWNLOAD_AGAIN
+        )
+    if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
+        expected = f"shape and data_offsets of {name!r} in whole numbers"
+        raise _error(
+            file, expected, f"{shape!r:.100}, {offsets!r:.100}", DOWNLOAD_AGAIN
+        )
+    start, end = offsets
+    bits = prod(shape) * DTYPE_BITS[dtype]
+    if end < start or bits % 8 or end - start != bits // 8:
+        expected = f"{bits / 8:g} bytes for {name!r}, {dtype} {shape}"
+        raise _error(file, expected, f"data_offsets {offsets}", DOWNLOAD_AGAIN)
+    if data + end > size:
+        expected = f"{data + end} bytes or more, where {name!r} ends"
+        raise _error(file, expected, f"{size} bytes: it is cut off", DOWNLOAD_AGAIN)
+    return TensorInfo(name, dtype, tuple(shape), file, data + start, data + end)
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, by name. Raises CheckpointError."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                found = (
+                    f"{size} bytes, a header of {length}" if size >= 8 else f"{size}"
+                )
+                expected = "a safetensors file: 8 bytes and its whole header"
+                raise _error(file, expected, found, DOWNLOAD_AGAIN)
+            header = _parse_json(file, stream.read(length), "the header")
+    except OSError as error:
+        raise _error(file, "a readable file", str(error), DOWNLOAD_AGAIN) from None
+    header.pop("__metadata__", None)
+    data = 8 + length
+    tensors = {
+        name: _read_entry(file, name, entry, data, size)
+        for name, entry in header.items()
+    }
+    position, before = data, "the header"
+    for tensor in sorted(tensors.values(), key=lambda each: (each.start, each.end)):
+        if tensor.start != position:
+            expected = f"{tensor.name!r} at {position}, after {before}"
+            raise _error(file, expected, f"{tensor.start}", DOWNLOAD_AGAIN)
+        position, before = tensor.end, repr(tensor.name)
+    if position != size:
+        raise _error(
+            file, f"{position} bytes, after {before}", f"{size}", DOWNLOAD_AGAIN
+        )
+    return tensors
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """An index's weight_map: tensor name -> file name. Raises CheckpointError."""
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise _error(file, "a readable file", str(error), DOWNLOAD_AGAIN) from None
+    weight_map = _parse_json(file, text, "the index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _error(file, "a weight_map", f"{weight_map!r:.100}", DOWNLOAD_AGAIN)
+    for name, shard in weight_map.items():
+        plain = (
+            isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
+        )
+        if not plain or not shard.endswith(".safetensors"):
+            expected = f"the name of a safetensors file beside it for {name!r}"
+            raise _error(file, expected, f"{shard!r:.200}", DOWNLOAD_AGAIN)
+    return weight_map
+
+
+def _check_numbering(folder: Path, files: list[Path]) -> None:
+    """Without an index, names of the form x-00001-of-00003 say what is missing."""
+    for file in files:
+        if found := _NUMBERED.match(file.stem):
+            stem, count = found["stem"], int(found["count"])
+            have = {each.name for each in files}
+            for number in range(1, count + 1):
+                name = f"{stem}-{number:05}-of-{count:05}.safetensors"
+                if name not in have:
+                    expected = f"{count} shards, since there is {file.name}"
+                    raise _error(folder, expected, f"no {name}", "download it")
+            return
+
+
+def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors that vLLM would read from a folder, by name.
+
+    Those of the files that model.safetensors.index.json lists; without it, those of all
+    *.safetensors. Empty where the folder holds no safetensors. Raises CheckpointError
+    for a damaged file, a missing shard, or an index and files that disagree.
+    """
+    index = folder / INDEX
+    weight_map = read_index(index) if index.exists() else {}
+    if weight_map:
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        for file in files:
+            if not file.is_file():
+                raise _error(
+                    folder, f"{file.name}, which {INDEX} lists", "none", "download it"
+                )
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        _check_numbering(folder, files)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                remedy = "delete the file that does not belong to this checkpoint"
+                found = f"it in {tensors[name].file.name} as well"
+                raise _error(file, f"{name!r} once", found, remedy)
+            tensors[name] = tensor
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file.name != shard:
+            there = (
+                f"it in {tensors[name].file.name}" if name in tensors else "it nowhere"
+            )
+            raise _error(
+                index, f"{name!r} in {shard}, as it says", there, DOWNLOAD_AGAIN
+            )
+    return tensors

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the tensors of a checkpoint are what its Quark INT8 config says they are.
+
+Judges names, dtypes and shapes as the files' headers give them. Only modules of which
+the config asks for INT8, or which are stored as INT8, are looked at. Whatever vLLM
+would read wrong is a CheckpointError. Needs Python alone.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+from vllm.model_executor.layers.quantization.quark.checkpoint import (
+    CheckpointError,
+    TensorInfo,
+)
+from vllm.model_executor.layers.quantization.quark.rules import (
+    EXPERT_PROJECTIONS,
+    Config,
+    Entries,
+    experts_excluded,
+    experts_override,
+    find_override,
+    has_int8,
+    is_int8,
+    matches,
+)
+
+# Suffix of a tensor -> the tensor, for one module.
+Module = dict[str, TensorInfo]
+
+WEIGHT, SCALE, ZERO_POINT = "weight", "weight_scale", "weight_zero_point"
+INPUT_SCALE, INPUT_ZERO_POINT = "input_scale", "input_zero_point"
+# What is stored beside an INT8 weight, and read or ignored together with it.
+COMPANIONS = (SCALE, ZERO_POINT, INPUT_SCALE, INPUT_ZERO_POINT)
+
+FLOATS = ("F16", "BF16", "F32")
+INTEGERS = ("I8", "U8", "I16", "I32", "I64")
+# Linear layers in every model that has layers of these names.
+PROJECTIONS = {
+    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_up_proj"),
+    *(name for names in EXPERT_PROJECTIONS for name in names),
+}
+# vLLM keeps these in the model's dtype.
+NEVER_QUANTIZED = ("lm_head", "embed_tokens")
+NUM_EXPERTS = (
+    "moe_num_experts",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+)
+EXPORT_AGAIN = "export the checkpoint again"
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d+)\.")
+
+
+def _error(
+    tensor: TensorInfo, expected: str, found: str, remedy: str
+) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor.name} ({tensor}): expected {expected}, found {found}; {remedy}"
+    )
+
+
+def check_config(config: Config) -> None:
+    """Raise ValueError for a quantization_config of INT8 that vLLM cannot read."""
+    if not has_int8(config):
+        return
+    exclude = config.get("exclude")
+    is_names = isinstance(exclude, list) and all(
+        isinstance(each, str) for each in exclude
+    )
+    overrides = ("layer_quant_config", "layer_type_quant_config")
+    problems = {
+        "export": not isinstance(config.get("export"), dict),
+        "exclude": not is_names,
+        **{key: not isinstance(config.get(key) or {}, dict) for key in overrides},
+    }
+    for key, is_wrong in problems.items():
+        if is_wrong:
+            expected = "a list of names" if key == "exclude" else "an object"
+            raise ValueError(
+                f"config.json, quantization_config: expected {key!r} to be {expected}, "
+                f"found {config.get(key, 'nothing')!r:.100}; export the model with "
+                "amd-quark 0.13, or copy the quantization_config of such an export"
+            )
+
+
+def modules_of(tensors: Iterable[TensorInfo]) -> dict[str, Module]:
+    """The tensors by module: `model.layers.0.mlp.down_proj` -> suffix -> tensor."""
+    modules: dict[str, Module] = defaultdict(dict)
+    for tensor in tensors:
+        module, _, suffix = tensor.name.rpartition(".")
+        modules[module][suffix] = tensor
+    return dict(modules)
+
+
+def layer_index(name: str) -> int | None:
+    """3 for `model.layers.3.mlp`; None outside the layers."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """(`model.layers.3.moe.experts`, 7) for a name below that expert, else None."""
+    found = _EXPERT.match(name)
+    return (found["prefix"], int(found["expert"])) if found else None
+
+
+def first_value(config: Mapping[str, Any], *keys: str) -> Any:
+    """The first of the keys that a model's config has, or its text_config."""
+    for each in (config, config.get("text_config") or {}):
+        for key in keys:
+            if each.get(key) is not None:
+                return each[key]
+    return None
+
+
+def is_static(layer: Config) -> bool:
+    """Whether a layer's config has activations of a scale that the export holds."""
+    return not (layer.get("input_tensors") or {}).get("is_dynamic")
+
+
+def _scheme_problem(layer: Config) -> tuple[str, str] | None:
+    """What an INT8 config should say and what it says, where vLLM has no kernel."""
+    weight, inputs = layer.get("weight") or {}, layer.get("input_tensors") or {}
+    if weight.get("qscheme") not in ("per_tensor", "per_channel") or weight.get(
+        "is_dynamic"
+    ):
+        return "weights per_tensor or per_channel", str(weight.get("qscheme"))
+    if weight.get("symmetric") is not True:
+        return "symmetric weights", "asymmetric ones, whose zero points kernels ignore"
+    if weight["qscheme"] == "per_channel" and weight.get("ch_axis") != 0:
+        return "per-channel weights with ch_axis 0", f"ch_axis {weight.get('ch_axis')}"
+    if inputs.get("dtype") != "int8":
+        return "int8 activations", str(inputs.get("dtype"))
+    per_token = (
+        inputs.get("qscheme") == "per_channel" and inputs.get("is_dynamic") is True
+    )
+    per_tensor = inputs.get("qscheme") == "per_tensor" and not inputs.get("is_dynamic")
+    if not per_token and not per_tensor:
+        kind = "dynamic" if inputs.get("is_dynamic") else "static"
+        expected = "activations per token and dynamic, or per tensor and static"
+        return expected, f"{inputs.get('qscheme')}, {kind}"
+    if layer.get("output_tensors") or layer.get("bias"):
+        return "no quantized outputs or biases", "such"
+    return None
+
+
+class Layout:
+    """A checkpoint's modules beside its config.
+
+    tensors: name -> TensorInfo; config: the quantization_config; model: config.json.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        config: Config,
+        model: Mapping[str, Any],
+    ) -> None:
+        self.config, self.model = config, model
+        self.exclude = Entries.of(config["exclude"])
+        self.overrides = Entries.of(config.get("layer_quant_config"))
+        depth = first_value(model, "num_hidden_layers")
+        self.depth = depth if isinstance(depth, int) else None
+        self.modules = modules_of(tensors.values())
+        self._experts: dict[str, Config | None] = {}
+
+    def is_loaded(self, name: str) -> bool:
+        """False for layers after the last, which hold multi-token prediction."""
+        index = layer_index(name)
+        return index is None or self.depth is None or index < self.depth
+
+    def experts_prefix(self, name: str, module: Module) -> str | None:
+        """vLLM's name of the fused experts that this module is a part of, if any."""
+        if expert := expert_of(name + "."):
+            return expert[0]
+        weight = module.get(WEIGHT)
+        stacked = weight is not None and len(weight.shape) == 3
+        return f"{name.rpartition('.')[0]}.experts" if stacked else None
+
+    def layer_config(self, name: str, module: Module) -> Config | None:
+        """How vLLM quantizes this module by the config; None where it is excluded."""
+        prefix = self.experts_prefix(name, module)
+        if prefix is None:
+            if self.exclude.match(name):
+                return None
+            override = find_override(name, self.config, self.overrides)
+            return override or self.config.get("global_quant_config")
+        if prefix not in self._experts:
+            count = self.num_experts() or 1
+            excluded = experts_excluded(prefix, count, self.config["exclude"])
+            override = (
+                None if excluded else experts_override(prefix, count, self.config)
+            )
+            self._experts[prefix] = (
+                None if excluded else override or self.config.get("global_quant_config")
+            )
+        return self._experts[prefix]
+
+    def num_experts(self) -> int | None:
+        count = first_value(self.model, *NUM_EXPERTS)
+        return count if isinstance(count, int) else None
+
+    def int8_modules(self) -> Iterator[tuple[str, Module, Config]]:
+        """Modules that the model loads as INT8: name, tensors, config."""
+        for name, module in self.modules.items():
+            weight = module.get(WEIGHT)
+            if weight is None or weight.dtype != "I8" or not self.is_loaded(name):
+                continue
+            layer = self.layer_config(name, module)
+            if layer is not None:
+                yield name, module, layer
+
+    def check(self) -> None:
+        """Raise CheckpointError, or ValueError for the config, for the first misfit."""
+        self._check_exclude()
+        int8_names = {
+            name.rpartition(".")[2]
+            for name, module in self.modules.items()
+            if WEIGHT in module and module[WEIGHT].dtype == "I8"
+        }
+        for name, module in self.modules.items():
+            if self.is_loaded(name):
+                self._check_module(name, module, PROJECTIONS | int8_names)
+        self._check_experts()
+
+    def _check_exclude(self) -> None:
+        names = set(self.modules)
+        stacked = {
+            f"{name.rpartition('.')[0]}.experts.{expert}.{name.rpartition('.')[2]}"
+            for name, module in self.modules.items()
+            if WEIGHT in module and len(module[WEIGHT].shape) == 3
+            for expert in range(module[WEIGHT].shape[0])
+        }
+        prefixes = {self.experts_prefix(*item) for item in self.modules.items()}
+        known = names | stacked | {prefix for prefix in prefixes if prefix}
+        for entry in self.config["exclude"]:
+            if entry in known or any(matches(name, entry) for name in known):
+                continue
+            tied = entry == "lm_head" and first_value(self.model, "tie_word_embeddings")
+            if tied or not self.is_loaded(entry):
+                continue
+            close = next((name for name in sorted(known) if entry in name), None)
+            hint = f" (there is {close})" if close else ""
+            raise ValueError(
+                "config.json, quantization_config, exclude: expected every entry to "
+                f"name a module of the checkpoint, found {entry!r}, which names none"
+                f"{hint}: what it should exclude would be read as INT8; correct the "
+                "entry, or delete it if nothing of that kind is in the model"
+            )
+
+    def _check_module(self, name: str, module: Module, linear: set[str]) -> None:
+        weight = module.get(WEIGHT)
+        if weight is None:
+            for suffix in COMPANIONS:
+                if suffix in module:
+                    found = "no such tensor"
+                    raise _error(
+                        module[suffix], f"{name}.weight beside it", found, EXPORT_AGAIN
+                    )
+            return
+        layer = self.layer_config(name, module)
+        if weight.dtype != "I8":
+            self._check_float(name, module, layer, linear)
+            return
+        last = name.rpartition(".")[2]
+        if last in NEVER_QUANTIZED:
+            remedy = f"{EXPORT_AGAIN} with {last!r} in exclude"
+            raise _error(
+                weight, f"a float {last}, which vLLM does not quantize", "I8", remedy
+            )
+        if layer is None:
+            entry = self.exclude.match(name) or "its experts' entries"
+            expected = f"a float weight, since exclude has {entry!r}"
+            remedy = "delete that entry from config.json, or export again"
+            raise _error(weight, expected, "I8", remedy)
+        if not is_int8(layer):
+            dtype = (layer.get("weight") or {}).get("dtype")
+            raise _error(weight, f"{dtype} as config.json has it", "I8", EXPORT_AGAIN)
+        if problem := _scheme_problem(layer):
+            raise _error(weight, problem[0], problem[1], f"{EXPORT_AGAIN} with that")
+        self._check_int8(name, module, layer)
+
+    def _check_float(
+        self, name: str, module: Module, layer: Config | None, linear: set[str]
+    ) -> None:
+        weight, last = module[WEIGHT], name.rpartition(".")[2]
+        if not is_int8(layer) or last in NEVER_QUANTIZED:
+            return
+        beside = next((suffix for suffix in COMPANIONS if suffix in module), None)
+        if beside or (last in linear and len(weight.shape) > 1):
+            why = (
+                f"beside {name}.{beside}"
+                if beside
+                else "since exclude does not name it"
+            )
+            remedy = f"add {name!r} to exclude in config.json, or export again"
+            raise _error(weight, f"I8, {why}", weight.dtype, remedy)
+
+    def _check_int8(self, name: str, module: Module, layer: Config) -> None:
+        weight = module[WEIGHT]
+        rank = 3 if expert_of(name + ".") is None and len(weight.shape) == 3 else 2
+        if len(weight.shape) != rank:
+            shape = "[N, K], or [E, N, K] for stacked experts"
+            raise _error(weight, shape, str(list(weight.shape)), EXPORT_AGAIN)
+        experts = weight.shape[:-2]
+        per_channel = layer["weight"]["qscheme"] == "per_channel"
+        channels = weight.shape[:-1] if per_channel else experts
+        self._check_companion(name, module, SCALE, FLOATS, channels, required=True)
+        self._check_companion(name, module, ZERO_POINT, INTEGERS, channels)
+        static = is_static(layer)
+        self._check_companion(
+            name, module, INPUT_SCALE, FLOATS, experts, required=static
+        )
+        self._check_companion(name, module, INPUT_ZERO_POINT, INTEGERS, experts)
+        if not static and INPUT_SCALE in module:
+            remedy = "correct input_tensors in config.json, or export again"
+            expected = "none, since config.json has dynamic activations"
+            raise _error(module[INPUT_SCALE], expected, "a static scale", remedy)
+
+    def _check_companion(
+        self,
+        name: str,
+        module: Module,
+        suffix: str,
+        dtypes: tuple[str, ...],
+        shape: tuple[int, ...],
+        required: bool = False,
+    ) -> None:
+        """A scale or zero point: `shape`, or that with a last dimension of 1."""
+        tensor = module.get(suffix)
+        if tensor is None:
+            if required:
+                expected = f"{name}.{suffix} {list(shape)} beside it"
+                raise _error(module[WEIGHT], expected, "no such tensor", EXPORT_AGAIN)
+            return
+        if tensor.dtype not in dtypes:
+            raise _error(tensor, " or ".join(dtypes), tensor.dtype, EXPORT_AGAIN)
+        if tensor.shape not in (shape, (*shape, 1)) and not (
+            prod(shape) == 1 and tensor.shape in ((), (1,))
+        ):
+            expected = f"{list(shape)} or {[*shape, 1]} for {module[WEIGHT]}"
+            raise _error(tensor, expected, str(list(tensor.shape)), EXPORT_AGAIN)
+
+    def _check_experts(self) -> None:
+        """Every layer has all experts that config.json counts, and no more."""
+        expected = self.num_experts()
+        if expected is None:
+            return
+        experts: dict[str, dict[int, TensorInfo]] = defaultdict(dict)
+        for name, module, _ in self.int8_modules():
+            weight = module[WEIGHT]
+            if found := expert_of(name + "."):
+                experts[found[0]][found[1]] = weight
+            elif len(weight.shape) == 3 and weight.shape[0] != expected:
+                shape = f"{expected} experts, as config.json has it"
+                raise _error(weight, shape, str(weight.shape[0]), EXPORT_AGAIN)
+        for prefix, weights in experts.items():
+            if differing := set(weights) ^ set(range(expected)):
+                wrong = min(differing)
+                how = "one too many" if wrong in weights else "missing"
+                raise CheckpointError(
+                    f"{prefix}: expected experts 0 to {expected - 1}, as config.json "
+                    f"has it, found {len(weights)}: {wrong} is {how}; {EXPORT_AGAIN}"
+                )

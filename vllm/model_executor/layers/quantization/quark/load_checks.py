@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No silence while a Quark INT8 checkpoint is loaded.
+
+`check_folder` judges the files before a model is built: damage, layout, scales and zero
+points. `checked` judges the loading itself: every tensor is taken by a parameter
+of its kind, and every element of a parameter is filled. Both end in a CheckpointError
+that names the tensor, what was expected, what was found and a remedy. Checkpoints
+without INT8 weights are left as upstream has them.
+"""
+
+import math
+import re
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PretrainedConfig
+from vllm.config import ModelConfig
+from vllm.model_executor.layers.fused_moe import FusedMoE
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.quark.checkpoint import (
+    CheckpointError,
+    TensorInfo,
+    read_checkpoint,
+)
+from vllm.model_executor.layers.quantization.quark.layout import (
+    COMPANIONS,
+    INPUT_SCALE,
+    INPUT_ZERO_POINT,
+    SCALE,
+    WEIGHT,
+    ZERO_POINT,
+    Layout,
+    check_config,
+    expert_of,
+    first_value,
+    layer_index,
+)
+from vllm.model_executor.layers.quantization.quark.rules import (
+    EXPERT_PROJECTIONS,
+    Config,
+    has_int8,
+)
+from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+if TYPE_CHECKING:
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+EXPORT_AGAIN = "export the checkpoint again"
+# Buffers of rotary embeddings, which vLLM computes.
+_COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+# Parameters that an export need not hold: zero points of symmetric quantization, and
+# scales of the key/value cache.
+_OPTIONAL = re.compile(r"(zero_point|\.(q|k|v|prob)_scale)$")
+_WRITES = {
+    torch.ops.aten.copy_.default,
+    torch.ops.aten.fill_.Scalar,
+    torch.ops.aten.fill_.Tensor,
+    torch.ops.aten.zero_.default,
+    torch.ops.aten.index_put_.default,
+}
+
+
+def _error(what: str, expected: str, found: str, remedy: str) -> CheckpointError:
+    return CheckpointError(f"{what}: expected {expected}, found {found}; {remedy}")
+
+
+# --- before the model is built ----------------------------------------------------
+
+
+def check_model(model: str, config: Config, hf_config: PretrainedConfig | None) -> None:
+    """`check_folder` for a model on disk, while vLLM reads its config: nothing is
+    started yet. One that is to be downloaded is checked by `checked`."""
+    if hf_config is not None and Path(model).is_dir():
+        check_folder(Path(model), config, hf_config.to_dict())
+
+
+def check_folder(folder: Path, config: Config, model: Mapping[str, Any]) -> None:
+    """Raise CheckpointError or ValueError for what vLLM would read wrong.
+
+    config: the quantization_config; model: config.json as a whole. Reads the files'
+    headers, and of the tensors the scales and zero points alone. A folder without
+    safetensors is left to the loader.
+    """
+    if not has_int8(config):
+        return
+    check_config(config)
+    tensors = read_checkpoint(folder)
+    if tensors:
+        layout = Layout(tensors, config, model)
+        layout.check()
+        _check_values(layout)
+
+
+def _check_values(layout: Layout) -> None:
+    """Scales are finite and above zero, ignored zero points are zero."""
+    by_file: dict[Path, list[tuple[TensorInfo, str, bool]]] = defaultdict(list)
+    for name, module, layer in layout.int8_modules():
+        # Of linear layers, kernels read the zero point of static activations.
+        inputs = layer.get("input_tensors") or {}
+        fused = layout.experts_prefix(name, module) is not None
+        read = not fused and inputs.get("symmetric") is False
+        for suffix in COMPANIONS:
+            if (tensor := module.get(suffix)) and not (
+                suffix == INPUT_ZERO_POINT and read
+            ):
+                by_file[tensor.file].append((tensor, suffix, fused))
+    for file, found in by_file.items():
+        with safe_open(file, framework="pt") as stream:
+            for tensor, suffix, fused in found:
+                values = stream.get_tensor(tensor.name)
+                if suffix in (SCALE, INPUT_SCALE):
+                    _check_scale(tensor, values)
+                elif values.count_nonzero():
+                    _refuse_zero_point(tensor, suffix, values, fused)
+
+
+def _check_scale(tensor: TensorInfo, values: torch.Tensor) -> None:
+    values = values.float()
+    bad = ~(torch.isfinite(values) & (values > 0))
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        value = values[tuple(where)].item()
+        raise _error(
+            f"{tensor.name} ({tensor})",
+            "scales that are finite and above zero",
+            f"{value} at {where}, {int(bad.sum())} of {bad.numel()} such",
+            f"{EXPORT_AGAIN}: a layer that saw no data has no scale",
+        )
+
+
+def _refuse_zero_point(
+    tensor: TensorInfo, suffix: str, values: torch.Tensor, fused: bool
+) -> None:
+    what = "weights" if suffix == ZERO_POINT else "activations"
+    of = "experts" if fused else "linear layers"
+    where = values.nonzero()[0].tolist()
+    raise _error(
+        f"{tensor.name} ({tensor})",
+        f"zero points of 0: INT8 kernels ignore those of {what} of {of}",
+        f"{int(values[tuple(where)])} at {where}",
+        f"{EXPORT_AGAIN} with symmetric {what}",
+    )
+
+
+# --- the shapes that a built model takes --------------------------------------------
+
+
+def _expected_shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Module in the checkpoint -> shape of its weight, module of vLLM that takes it."""
+    packed = getattr(model, "packed_modules_mapping", {})
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, FusedMoE) and _is_int8(module):
+            shapes |= _expected_experts(prefix, module)
+        elif isinstance(module, LinearBase) and _is_int8(module):
+            parent, _, name = prefix.rpartition(".")
+            shards = packed.get(name, [name])
+            sizes = _output_sizes(module)
+            if len(shards) == len(sizes):
+                for shard, size in zip(shards, sizes, strict=True):
+                    shapes[f"{parent}.{shard}"] = (size, module.input_size), prefix
+    return shapes
+
+
+def _output_sizes(module: LinearBase) -> list[int]:
+    """Rows of each shard of a linear layer in the checkpoint."""
+    if hasattr(module, "total_num_kv_heads"):
+        key_value = module.total_num_kv_heads * module.head_size
+        value = module.total_num_kv_heads * getattr(
+            module, "v_head_size", module.head_size
+        )
+        return [module.total_num_heads * module.head_size, key_value, value]
+    return list(getattr(module, "output_sizes", [module.output_size]))
+
+
+def _expected_experts(
+    prefix: str, module: FusedMoE
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    width = module.moe_config.intermediate_size_per_partition_unpadded * module.tp_size
+    hidden, count = module.moe_config.hidden_dim_unpadded, module.logical_num_experts
+    parent = prefix.rpartition(".")[0]
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    for gate, up, down in EXPERT_PROJECTIONS:
+        for name, shape in {
+            gate: (width, hidden),
+            up: (width, hidden),
+            down: (hidden, width),
+        }.items():
+            shapes[f"{parent}.{name}"] = (count, *shape), prefix
+            for expert in range(count):
+                shapes[f"{prefix}.{expert}.{name}"] = shape, prefix
+    return shapes
+
+
+def _is_int8(module: nn.Module) -> bool:
+    """Whether a linear layer, or a layer of experts, holds INT8 weights."""
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        weight = getattr(module, "w13_weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dtype == torch.int8
+
+
+def check_shapes(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise CheckpointError where a weight's file has another shape or dtype than the
+    INT8 layer that takes it. Names that the model's loader makes up are left to it."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    shapes = _expected_shapes(model)
+    for tensor in tensors.values():
+        name = mapper.apply_list([tensor.name]) if mapper else [tensor.name]
+        module, _, suffix = name[0].rpartition(".") if name else ("", "", "")
+        if suffix != WEIGHT or module not in shapes:
+            continue
+        shape, prefix = shapes[module]
+        if tensor.dtype != "I8" or tensor.shape != shape:
+            what = f"{tensor.name} ({tensor.file.name})"
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            expected = f"I8 {list(shape)} for {prefix}"
+            remedy = "correct config.json so that it fits the weights, or export again"
+            raise _error(what, expected, found, remedy)
+
+
+# --- while the weights are loaded ---------------------------------------------------
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every write into a parameter while weights are loaded.
+
+    A parameter is known by its memory: `weight_loader`s write into views of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.numel()
+        }
+        spans = sorted(
+            (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
+            for name, parameter in self.parameters.items()
+        )
+        self.starts = [start for start, _, _ in spans]
+        self.spans = spans
+        # Parameter -> the parts of it that were written, each once.
+        self.written: dict[str, dict[tuple, int]] = defaultdict(dict)
+        self.current: tuple[str, torch.Tensor] | None = None
+        self.pending: dict[str, tuple[int, int]] = {}
+        self.is_taken = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in _WRITES:
+            self._note(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, func, args) -> None:
+        target = args[0]
+        if not target.numel():
+            return
+        address = target.data_ptr()
+        index = bisect_right(self.starts, address) - 1
+        if index < 0 or address >= self.spans[index][1]:
+            return
+        start, _, name = self.spans[index]
+        is_copy = func is torch.ops.aten.copy_.default
+        if is_copy:
+            self._check_dtype(name, target, args[1])
+        part = (address - start, tuple(target.shape), target.stride())
+        is_put = func is torch.ops.aten.index_put_.default
+        self.written[name][part] = args[2].numel() if is_put else target.numel()
+        self.is_taken = True
+        if is_copy and self.pending:
+            source = args[1].data_ptr()
+            for waiting, (first, last) in list(self.pending.items()):
+                if first <= source < last:
+                    del self.pending[waiting]
+
+    def _check_dtype(
+        self, name: str, target: torch.Tensor, source: torch.Tensor
+    ) -> None:
+        if target.dtype == source.dtype or "zero_point" in name:
+            return
+        if target.is_floating_point() and source.is_floating_point():
+            return
+        tensor = self.current[0] if self.current else "a tensor of the checkpoint"
+        remedy = (
+            "correct exclude in config.json, so that it names exactly the modules "
+            "that were not quantized, or export again"
+        )
+        raise _error(tensor, f"{target.dtype} for {name}", str(source.dtype), remedy)
+
+    def watch(
+        self, weights: Weights
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """Pass the weights on, with [N, 1] scales as [N], and see who takes them."""
+        for name, tensor in weights:
+            if name.endswith(COMPANIONS) and tensor.ndim > 1 and tensor.shape[-1] == 1:
+                tensor = tensor.squeeze(-1)
+            self.current, self.is_taken = (name, tensor), False
+            yield name, tensor
+            if not self.is_taken and tensor.numel():
+                address = tensor.data_ptr()
+                self.pending[name] = address, address + tensor.nbytes
+        self.current = None
+
+
+def checked(loader: "DefaultModelLoader", model: Any, model_config: ModelConfig) -> Any:
+    """The model, with a `load_weights` that checks what it loads where that is INT8.
+
+    It raises CheckpointError for a tensor that no parameter took, a parameter that no
+    tensor filled, and a tensor of another kind than its parameter; where a weight
+    loader fails, it names the tensor.
+    """
+    config = _quantization_config(model_config)
+    if not has_int8(config):
+        return model
+    folder = Path(model_config.model)
+    if not folder.is_dir():
+        name, revision = model_config.model, model_config.revision
+        folder = Path(loader._prepare_weights(name, None, revision, True, None)[0])
+        check_folder(folder, config, model_config.hf_config.to_dict())
+    tensors = read_checkpoint(folder)
+    check_shapes(model, tensors)
+    return _CheckedModel(model, model_config, tensors)
+
+
+class _CheckedModel:
+    """Everything of a model but `load_weights`."""
+
+    def __init__(
+        self, model: Any, model_config: ModelConfig, tensors: Mapping[str, TensorInfo]
+    ) -> None:
+        self._model, self._config, self._tensors = model, model_config, tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def load_weights(self, weights: Weights) -> set[str] | None:
+        watch = _Watch(self._model)
+        try:
+            with watch:
+                loaded = self._model.load_weights(watch.watch(weights))
+        except (
+            AssertionError,
+            IndexError,
+            KeyError,
+            RuntimeError,
+            ValueError,
+        ) as error:
+            known = isinstance(error, (CheckpointError, torch.OutOfMemoryError))
+            if watch.current is None or known:
+                raise
+            raise self._failed(watch.current, error) from error
+        # Multi-token prediction is loaded from the model's own checkpoint.
+        if getattr(self._config, "runner", None) != "draft":
+            _check_taken(self._model, self._config, watch, self._tensors)
+        _check_filled(self._model, watch, loaded or set())
+        return loaded
+
+    def _failed(
+        self, current: tuple[str, torch.Tensor], error: Exception
+    ) -> CheckpointError:
+        name, tensor = current
+        file = f" ({self._tensors[name].file.name})" if name in self._tensors else ""
+        why = f"{type(error).__name__}: {error}".rstrip(": ")
+        return _error(
+            f"{name}{file}",
+            f"a tensor that {type(self._model).__name__} can take",
+            f"{tensor.dtype} {list(tensor.shape)}: {why}",
+            f"{EXPORT_AGAIN}, or correct config.json",
+        )
+
+
+def _quantization_config(model_config: ModelConfig) -> Config:
+    config = getattr(model_config.hf_config, "quantization_config", None)
+    text = getattr(model_config.hf_config, "text_config", None)
+    return config or getattr(text, "quantization_config", None) or {}
+
+
+def _check_taken(
+    model: nn.Module,
+    model_config: ModelConfig,
+    watch: _Watch,
+    tensors: Mapping[str, TensorInfo],
+) -> None:
+    config = model_config.hf_config.to_dict()
+    depth = first_value(config, "num_hidden_layers")
+    is_tied = bool(first_value(config, "tie_word_embeddings"))
+    shares_experts = any(
+        isinstance(module, FusedMoE)
+        and module.local_num_experts < module.global_num_experts
+        for module in model.modules()
+    )
+    for name in watch.pending:
+        index = layer_index(name)
+        if name.endswith(_COMPUTED) or (is_tied and name.startswith("lm_head.")):
+            continue
+        if index is not None and depth is not None and index >= depth:
+            continue  # multi-token prediction
+        if is_pp_missing_parameter(name, model):
+            continue  # another pipeline rank's
+        if shares_experts and expert_of(name):
+            continue  # another expert-parallel rank's; what is here gets filled
+        if index is None and not name.endswith(COMPANIONS):
+            continue  # outside the decoder, such as a vision tower that is not used
+        where = f" ({tensors[name]})" if name in tensors else ""
+        raise _error(
+            f"{name}{where}",
+            f"a parameter of {type(model).__name__} that takes it",
+            "none: it would be left out",
+            "correct the tensor's name or config.json, or export again",
+        )
+
+
+def _check_filled(model: nn.Module, watch: _Watch, loaded: set[str]) -> None:
+    modules = dict(model.named_modules())
+    for name, parameter in watch.parameters.items():
+        if _OPTIONAL.search(name):
+            continue
+        filled = sum(watch.written[name].values()) if name in watch.written else 0
+        if filled >= parameter.numel():
+            continue
+        module = modules[name.rpartition(".")[0]]
+        whole = isinstance(module, LinearBase) or (
+            isinstance(module, FusedMoE) and _is_int8(module)
+        )
+        if not whole and (filled or name in loaded):
+            continue
+        share = f"{filled} of {parameter.numel()} numbers"
+        raise _error(
+            f"{name} {list(parameter.shape)}",
+            "tensors of the checkpoint that fill it",
+            "none"
+            if not filled
+            else share + _first_gap(parameter, watch.written[name]),
+            f"{EXPORT_AGAIN}, with all tensors that config.json speaks of",
+        )
+
+
+def _first_gap(parameter: nn.Parameter, parts: Iterable[tuple]) -> str:
+    """Where a stacked parameter lacks an expert, that expert."""
+    if parameter.ndim < 2:
+        return ""
+    size = parameter.nbytes // parameter.shape[0]
+    filled = [0] * parameter.shape[0]
+    for offset, shape, _ in parts:
+        filled[offset // size] += math.prod(shape)
+    missing = [
+        row for row, count in enumerate(filled) if count * parameter.itemsize < size
+    ]
+    return f"; the first gap is at index {missing[0]}" if missing else ""
