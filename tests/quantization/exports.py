@@ -51,12 +51,20 @@ class Export:
         return folder
 
 
-def load_model(folder: Path, is_checked: bool = True) -> nn.Module:
+def load_model(
+    folder: Path, is_checked: bool = True, enable_expert_parallel: bool = False
+) -> nn.Module:
     """Build and load the model as a worker of the engine does, without an engine.
 
     Without `is_checked`, what is judged before the model is built is left out.
     """
-    from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
+    from vllm.config import (
+        LoadConfig,
+        ModelConfig,
+        ParallelConfig,
+        VllmConfig,
+        set_current_vllm_config,
+    )
     from vllm.model_executor.layers.quantization.quark import load_checks
     from vllm.model_executor.model_loader import get_model_loader
 
@@ -67,7 +75,13 @@ def load_model(folder: Path, is_checked: bool = True) -> nn.Module:
     if not is_checked:
         load_checks.check_model = lambda *arguments: None
     try:
-        vllm_config = VllmConfig(model_config=model_config, load_config=LoadConfig())
+        vllm_config = VllmConfig(
+            model_config=model_config,
+            load_config=LoadConfig(),
+            parallel_config=ParallelConfig(
+                enable_expert_parallel=enable_expert_parallel
+            ),
+        )
     finally:
         load_checks.check_model = check_model
     with set_current_vllm_config(vllm_config):

@@ -258,14 +258,31 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
                 f"{SHARED}.up_proj.weight", f"{SHARED}.upp_proj.weight"
             ),
         ),
-        (f"{SHARED}.upp_proj.weight", "none: it would be left out"),
+        (".share_expert.up_proj.weight", "no such tensor"),
+    ),
+    "float parameter that one layer lacks": (
+        drop("model.layers.1.input_layernorm.weight"),
+        ("model.layers.1.input_layernorm.weight", "it in every such layer"),
     ),
     "float parameter not filled": (
-        drop("model.layers.1.input_layernorm.weight"),
-        ("model.layers.1.input_layernorm.weight", "found none"),
+        drop("model.norm.weight"),
+        ("model.norm.weight", "fill it, found none"),
     ),
     "half of a fused float layer": (
         both(with_globs, drop(f"{SHARED}.up_proj.weight")),
+        (".share_expert.up_proj.weight", "it in every such layer"),
+    ),
+    "half of every fused float layer": (
+        both(
+            with_globs,
+            lambda export: drop(
+                *(
+                    n
+                    for n in export.tensors
+                    if n.endswith("share_expert.up_proj.weight")
+                )
+            )(export),
+        ),
         ("share_expert.gate_up_proj.weight", "numbers", "fill it"),
     ),
     "half of the experts' first product": (
@@ -445,13 +462,13 @@ def test_one_expert_is_refused_by_name(name, write):
 # What the files' headers show is judged before the model is built. What is left is
 # seen while it is loaded; so it is when the first is left out.
 SEEN_WHILE_LOADING = {
-    "no scale of a linear layer": "qkv_proj.weight_scale",
+    "no scale of a linear layer": "q_proj.weight_scale",
     "no scale of the experts": "w2_weight_scale",
     "excluded, stored as int8": f"{SHARED}.down_proj.weight",
     "quantized attention stored as bf16": f"{ATTENTION}.o_proj.weight",
     "int8 lm_head": "lm_head.weight",
     "rows of a linear layer": f"{ATTENTION}.q_proj.weight",
-    "misspelt tensor": "upp_proj",
+    "unknown tensor": r"q_proj\.bias",
 }
 
 
@@ -462,6 +479,14 @@ def test_loading_sees_it_as_well(name, write):
         (ValueError, NotImplementedError), match=SEEN_WHILE_LOADING[name]
     ):
         load_model(write(STACKED, edit), is_checked=False)
+
+
+@pytest.mark.parametrize("by_expert", [False, True], ids=["tensor", "expert"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", [STACKED, PER_EXPERT])
+def test_share_of_one_of_two_ranks_loads(name, rank, by_expert, tensor_parallel, write):
+    tensor_parallel(rank, 2)
+    load_model(write(name), enable_expert_parallel=by_expert)
 
 
 def test_float_checkpoint_is_not_looked_at(tmp_path, monkeypatch):

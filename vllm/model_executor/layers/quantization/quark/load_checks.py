@@ -60,6 +60,7 @@ _COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cac
 # Parameters that an export need not hold: zero points of symmetric quantization, and
 # scales of the key/value cache.
 _OPTIONAL = re.compile(r"(zero_point|\.(q|k|v|prob)_scale)$")
+_LAYER = re.compile(r"\.layers\.\d+\.")
 _WRITES = {
     torch.ops.aten.copy_.default,
     torch.ops.aten.fill_.Scalar,
@@ -210,22 +211,49 @@ def _is_int8(module: nn.Module) -> bool:
 
 
 def check_shapes(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise CheckpointError where a weight's file has another shape or dtype than the
-    INT8 layer that takes it. Names that the model's loader makes up are left to it."""
+    """Raise CheckpointError for what a built model shows of the files' headers: an INT8
+    weight of another shape or dtype than the layer that takes it, and a tensor that one
+    layer lacks and others have. Names that a model's loader makes up are left to it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     shapes = _expected_shapes(model)
+    found: dict[str, TensorInfo] = {}
     for tensor in tensors.values():
-        name = mapper.apply_list([tensor.name]) if mapper else [tensor.name]
-        module, _, suffix = name[0].rpartition(".") if name else ("", "", "")
+        for name in mapper.apply_list([tensor.name]) if mapper else [tensor.name]:
+            found[name] = tensor
+    for name, tensor in found.items():
+        module, _, suffix = name.rpartition(".")
         if suffix != WEIGHT or module not in shapes:
             continue
         shape, prefix = shapes[module]
         if tensor.dtype != "I8" or tensor.shape != shape:
-            what = f"{tensor.name} ({tensor.file.name})"
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            expected = f"I8 {list(shape)} for {prefix}"
-            remedy = "correct config.json so that it fits the weights, or export again"
-            raise _error(what, expected, found, remedy)
+            raise _error(
+                f"{tensor.name} ({tensor.file.name})",
+                f"I8 {list(shape)} for {prefix}",
+                f"{tensor.dtype} {list(tensor.shape)}",
+                "correct config.json so that it fits the weights, or export again",
+            )
+    kinds = {_kind(name) for name in found}
+    for name in _checkpoint_names(model):
+        if name not in found and _kind(name) in kinds and not _OPTIONAL.search(name):
+            remedy = f"{EXPORT_AGAIN}, or download the shard that has it"
+            raise _error(name, "it in every such layer", "no such tensor", remedy)
+
+
+def _kind(name: str) -> str:
+    """The name without its layer's number."""
+    return _LAYER.sub(".layers.*.", name)
+
+
+def _checkpoint_names(model: nn.Module) -> Iterable[str]:
+    """Names that the parameters of a model have in its checkpoint, but for experts."""
+    packed = getattr(model, "packed_modules_mapping", {})
+    modules = dict(model.named_modules())
+    for name, _ in model.named_parameters():
+        prefix, _, suffix = name.rpartition(".")
+        parent, _, last = prefix.rpartition(".")
+        if not isinstance(modules[prefix], FusedMoE):
+            for shard in packed.get(last, [last]):
+                yield f"{parent}.{shard}.{suffix}" if parent else name
 
 
 # --- while the weights are loaded ---------------------------------------------------

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `vllm serve` shows for a checkpoint that it refuses."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.quantization.exports import FIXTURES, STACKED, Export
+
+SCALE = "model.layers.2.moe.down_proj.weight_scale"
+
+
+def serve(folder: Path) -> tuple[int, str]:
+    """Exit status and output of `vllm serve`, which is to end by itself."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(FIXTURES / STACKED / name, folder)
+    vllm = Path(sys.executable).with_name("vllm")
+    run = subprocess.run(
+        [vllm, "serve", folder, "--enforce-eager", "--max-model-len", "256"],
+        env=os.environ | {"VLLM_NO_USAGE_STATS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    return run.returncode, run.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "export"
+
+
+def test_bad_scale_ends_the_server_before_an_engine_starts(folder):
+    export = Export(STACKED)
+    export.tensors[SCALE].view(-1)[3] = 0
+    status, output = serve(export.write(folder))
+    assert status == 1
+    assert output.count("expected scales that are finite and above zero") == 1
+    last = output.strip().splitlines()[-3:]
+    assert any(SCALE in line and "found 0.0 at" in line for line in last)
+    assert "EngineCore" not in output and "Worker" not in output
