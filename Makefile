@@ -23,7 +23,7 @@ VENV_FLAGS := $(if $(filter rocm,$(VLLM_TARGET_DEVICE)),--system-site-packages)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install wheel demo test test-mutants fixtures tree patches mails \
+.PHONY: help install wheel demo test test-nightly test-mutants fixtures tree patches mails \
     check-patches lint bench clean
 
 help: ## list the targets
@@ -40,6 +40,9 @@ demo: $(FORK_READY) ## serve a Quark INT8 export: right answers against garbage
 
 test: $(FORK_READY) ## run the tests
 	$(BIN)/pytest $(PYTEST_FLAGS)
+
+test-nightly: $(FORK_READY) ## run the tests, with over ten times the random examples
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest $(PYTEST_FLAGS)
 
 test-mutants: $(FORK_READY) ## show that named tests fail without each of 0001-0003
 	$(BIN)/python -m tools.mutants

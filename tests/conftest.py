@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Ask the driver's management library: asking CUDA would break processes forked later.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -19,6 +20,16 @@ if not HAS_GPU:
     # runs its kernels in its interpreter.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Examples a property. Fixtures are ranks to pretend and configs, which keep no example.
+for name, max_examples in (("ci", 200), ("nightly", 2500)):
+    settings.register_profile(
+        name,
+        max_examples=max_examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 Parallel = Callable[[int, int], None]
 QuarkDict = Callable[..., dict[str, Any]]
