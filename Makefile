@@ -23,7 +23,7 @@ VENV_FLAGS := $(if $(filter rocm,$(VLLM_TARGET_DEVICE)),--system-site-packages)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install wheel demo test test-nightly test-mutants fixtures tree patches mails \
+.PHONY: help install wheel demo test test-nightly test-mutants fuzz fixtures tree patches mails \
     check-patches lint bench clean
 
 help: ## list the targets
@@ -46,6 +46,9 @@ test-nightly: $(FORK_READY) ## run the tests, with over ten times the random exa
 
 test-mutants: $(FORK_READY) ## show that named tests fail without each of 0001-0003
 	$(BIN)/python -m tools.mutants
+
+fuzz: $(FORK_READY) ## damage 10,000 checkpoints and see that none is read wrong
+	$(BIN)/python -m tests.fuzz.fuzz_checkpoints
 
 fixtures: $(TOOLS_READY) ## make the test checkpoints again with the real amd-quark
 	test -d build/quark || $(PYTHON) -m venv build/quark
