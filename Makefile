@@ -23,8 +23,8 @@ VENV_FLAGS := $(if $(filter rocm,$(VLLM_TARGET_DEVICE)),--system-site-packages)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install wheel demo test test-nightly test-mutants fuzz fixtures tree patches mails \
-    check-patches lint bench clean
+.PHONY: help install wheel demo test test-nightly test-mutants fuzz fixtures \
+    fixtures-train tree patches mails check-patches lint bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | \
@@ -50,10 +50,16 @@ test-mutants: $(FORK_READY) ## show that named tests fail without each of 0001-0
 fuzz: $(FORK_READY) ## damage 10,000 checkpoints and see that none is read wrong
 	$(BIN)/python -m tests.fuzz.fuzz_checkpoints
 
-fixtures: $(TOOLS_READY) ## make the test checkpoints again with the real amd-quark
-	test -d build/quark || $(PYTHON) -m venv build/quark
-	build/quark/bin/pip install -r tests/fixtures/requirements.txt
+fixtures: build/quark/.ready ## make the test exports again with the real amd-quark
 	build/quark/bin/python -m tests.fixtures.make_step3p5
+
+fixtures-train: build/quark/.ready ## train the small model again: minutes on a GPU
+	build/quark/bin/python -m tests.fixtures.train_step3p5
+
+build/quark/.ready: tests/fixtures/requirements.txt
+	test -d build/quark || $(PYTHON) -m venv build/quark
+	build/quark/bin/python -m pip install -r $<
+	@touch $@
 
 tree: $(TOOLS_READY) ## unpack the base to build/tree, one commit a patch, to edit there
 	$(BIN)/python -m tools.tree tree

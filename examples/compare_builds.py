@@ -4,8 +4,8 @@
     python -m examples.compare_builds RESULTS.json [LABEL=FOLDER ...]
 
 Each FOLDER holds a build, to be put on PYTHONPATH; without any, the installed vLLM is
-run. RESULTS gets `{"device", "date", "prompts", "rows": [{"build", "layout", "top1",
-"overlap20", "mean_abs_dlogprob", "seconds"}]}`.
+run. RESULTS gets `{"device", "date", "prompts", "rows": [{"build", "layout",
+"exact_match", "top1", "overlap20", "mean_abs_dlogprob", "seconds"}]}`.
 """
 
 import datetime
@@ -13,37 +13,48 @@ import json
 import math
 import os
 import platform
-import random
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tests.models.step3p5_reference import load, logprobs
+from tests.fixtures import addition
+from tests.fixtures.step3p5_tiny import EOS_ID
+from tests.models.step3p5_reference import greedy, load, logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests/fixtures/step3p5-tiny"
 WORK = ROOT / "build/demo"
 EXPORTS = {"3key": FIXTURES / "int8-3key", "per_expert": FIXTURES / "int8-per-expert"}
-NUM_PROMPTS = 64
+QUESTIONS = addition.held_out(200)
 TOP = 20
+MAX_TOKENS = 8  # the same in ask_checkpoints.py
 MEMORY_SHARE = 0.3  # of the device's memory: more than the small model needs
 
 
+# What a build said to one checkpoint's questions; examples/ask_checkpoints.py.
+Answers = dict[str, Any]
+
+
 def make_prompts() -> list[list[int]]:
-    """Random prompts of 4 to 64 tokens, the same in every run."""
-    vocab_size = json.loads((FIXTURES / "bf16/config.json").read_text())["vocab_size"]
-    draw = random.Random(0)
-    lengths = [draw.randint(4, 64) for _ in range(NUM_PROMPTS)]
-    return [[draw.randrange(vocab_size) for _ in range(n)] for n in lengths]
+    """The questions as token ids."""
+    return [addition.encode(addition.question(*pair)) for pair in QUESTIONS]
 
 
-def make_reference(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Log probabilities [prompts, vocab] after each prompt, float32."""
-    return logprobs(load(FIXTURES / "bf16"), prompts)
+def make_reference(prompts: Sequence[Sequence[int]]) -> Answers:
+    """The float32 model's texts, and its log probabilities [prompts, vocab] float32."""
+    torch.set_num_threads(1)  # for so small a model more cost more than they bring
+    model = load(FIXTURES / "bf16")
+    answers = greedy(model, prompts, EOS_ID, MAX_TOKENS)
+    return {
+        "texts": [addition.decode(token_ids) for token_ids in answers],
+        "logprobs": logprobs(model, prompts),
+    }
 
 
 def environment(package: Path | None) -> dict[str, str]:
@@ -54,39 +65,76 @@ def environment(package: Path | None) -> dict[str, str]:
     # A gigabyte is plenty for the keys and values of so small a model.
     return os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        # Nor does it pay to compile for it: that takes longer than all the answers.
+        "TORCHDYNAMO_DISABLE": "1",
+        # Errors are to reach the process that asks, not to stay in another.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "PYTHONPATH": os.pathsep.join(path),
     }
 
 
 def ask(
-    name: str, export: Path, prompts: Sequence[Sequence[int]], package: Path | None
-) -> list[list[float | None]]:
-    """First-token log probabilities by a build. Exits where it fails."""
-    WORK.mkdir(parents=True, exist_ok=True)
-    log, answers = WORK / f"{name}.log", WORK / f"{name}.json"
-    questions = WORK / "prompts.json"
-    questions.write_text(json.dumps(prompts))
-    script = ROOT / "examples/first_token_logprobs.py"
-    with log.open("w") as file:
-        done = subprocess.run(
-            [sys.executable, script, export, questions, answers, str(MEMORY_SHARE)],
-            env=environment(package),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    if done.returncode:
-        tail = "\n".join(log.read_text().splitlines()[-15:])
-        sys.exit(f"error: {name} ended with {done.returncode}; see {log}:\n{tail}")
-    return json.loads(answers.read_text())
+    build: str,
+    checkpoints: Mapping[str, Path],
+    prompts: Sequence[Sequence[int]],
+    package: Path | None,
+) -> Iterator[tuple[str, Answers]]:
+    """Names and answers of the checkpoints by a build, in order, as they come.
 
-
-def compare(reference: torch.Tensor, rows: list[list[float | None]]) -> dict:
-    """Figures of one run against the reference, [prompts, vocab] both.
-
-    top1: how often both put the same token first. overlap20: the share of the
-    reference's 20 likeliest tokens that are among the run's. mean_abs_dlogprob: over
-    the reference's 20 likeliest; None if the run has no finite value there.
+    Where a checkpoint ends the process, its answer is `{"error": ..}` and another
+    process goes on with the rest.
     """
+    folder = WORK / build
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    script = ROOT / "examples/ask_checkpoints.py"
+    left = dict(checkpoints)
+    while left:
+        job, log = folder / "job.json", folder / f"{next(iter(left))}.log"
+        paths = {name: str(path) for name, path in left.items()}
+        job.write_text(
+            json.dumps(
+                {"prompts": prompts, "memory_share": MEMORY_SHARE, "checkpoints": paths}
+            )
+        )
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, script, job, folder],
+                env=environment(package),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            while left:
+                name = next(iter(left))
+                answers = folder / f"{name}.json"
+                ended = process.poll() is not None
+                if answers.exists():
+                    yield name, json.loads(answers.read_text())
+                elif ended:
+                    said = f"ended with status {process.returncode}; see {log}"
+                    yield name, {"error": said}
+                else:
+                    time.sleep(0.2)
+                    continue
+                del left[name]
+                if ended and not answers.exists():
+                    break
+        finally:
+            if left:
+                process.kill()
+            process.wait()
+
+
+def compare(reference: torch.Tensor, answers: Answers) -> dict[str, Any]:
+    """Figures of one run against the reference, [prompts, vocab].
+
+    exact_match: share of the questions whose answer is right. top1: how often both put
+    the same token first. overlap20: the share of the reference's 20 likeliest tokens
+    that are among the run's. mean_abs_dlogprob: over the reference's 20 likeliest; None
+    if the run has no finite value there.
+    """
+    rows = answers["logprobs"]
     values = [[-math.inf if x is None else x for x in row] for row in rows]
     found = torch.tensor(values, dtype=torch.float64)
     wanted = reference.double()
@@ -101,6 +149,7 @@ def compare(reference: torch.Tensor, rows: list[list[float | None]]) -> dict:
     delta = (found - wanted).abs().gather(1, likeliest)
     delta = delta[delta.isfinite()]
     return {
+        "exact_match": addition.exact_match(QUESTIONS, answers["texts"]),
         "top1": first.double().mean().item(),
         "overlap20": shared.double().mean().item(),
         "mean_abs_dlogprob": delta.mean().item() if len(delta) else None,
@@ -123,21 +172,22 @@ def main() -> None:
         build, folder = label.split("=", 1)
         builds[build] = Path(folder)
     prompts = make_prompts()
-    reference = make_reference(prompts)
+    reference = make_reference(prompts)["logprobs"]
     rows = []
     for build, package in builds.items():
-        for layout, export in EXPORTS.items():
-            started = time.monotonic()
-            figures = compare(
-                reference, ask(f"{build}-{layout}", export, prompts, package)
-            )
+        started = time.monotonic()
+        for layout, answers in ask(build, EXPORTS, prompts, package):
+            if error := answers.get("error"):
+                sys.exit(f"error: {build}, {layout}: {error}")
             seconds = round(time.monotonic() - started, 1)
+            figures = compare(reference, answers)
             rows.append(
                 {"build": build, "layout": layout, **figures, "seconds": seconds}
             )
             print(rows[-1], flush=True)
+            started = time.monotonic()
     date = datetime.date.today().isoformat()
-    head = {"device": device_name(), "date": date, "prompts": NUM_PROMPTS}
+    head = {"device": device_name(), "date": date, "prompts": len(prompts)}
     Path(results).write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
 
 

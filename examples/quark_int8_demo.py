@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Right against garbage: a Quark INT8 export of a small Step-3.5, with the fork and
-with the same fork less patches 0001-0003, against a float32 reference in plain torch.
+"""Right against garbage: Quark INT8 exports of a small Step-3.5 that was trained to
+add, with the fork and with the same fork less patches 0001-0003.
 
-Prints one table, writes build/demo.json, then serves the export and asks it once.
-Exits with 1 where the fork misses the bar.
+Asks 200 sums that the model was not trained on; bfloat16 is the float32 forward pass in
+plain torch of the same model's bfloat16 weights. Prints two tables, writes
+build/demo.json, then serves an export and asks it once. Exits with 1 where the fork
+misses the bar.
 """
 
 import json
@@ -17,36 +19,42 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from examples.compare_builds import (
     EXPORTS,
     MEMORY_SHARE,
-    NUM_PROMPTS,
+    QUESTIONS,
     ROOT,
     TOP,
     WORK,
+    Answers,
     ask,
     compare,
     environment,
     make_prompts,
     make_reference,
 )
+from tests.fixtures import addition
 from tools.fix import PROBES
 from tools.mutants import install_without
 
+BAR_BF16 = 0.97
+BAR_EXACT_MATCH = 0.01  # the fork is at most so far from bfloat16
 BAR_OVERLAP, BAR_TOP1 = 0.97, 1.0
 CLEARLY_BELOW = 0.85
-# The small model's one skill: after each byte comes the next.
-PROMPT, ANSWER = "abcdef", "ghijklmn"
+NUM_SAMPLES = 3
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 60
 
-# Build -> layout -> figure -> value
-Results = dict[str, dict[str, dict]]
+# Build -> layout -> what it answered, and the figures of it
+Said = dict[str, dict[str, Answers]]
+Results = dict[str, dict[str, dict[str, Any]]]
 
 console = Console()
 
@@ -59,34 +67,53 @@ def step(what: str) -> Iterator[None]:
     console.print(f"{what}: {time.monotonic() - started:.0f} s", highlight=False)
 
 
-def measure() -> Results:
+def measure() -> tuple[Results, Said]:
     prompts = make_prompts()
-    with step(f"The reference answers {NUM_PROMPTS} prompts"):
+    with step(f"The reference answers {len(QUESTIONS)} questions"):
         reference = make_reference(prompts)
     with step("Building the fork without 0001-0003"):
         without_fix = install_without(*PROBES)
-    results: Results = {"fork": {}, "without_fix": {}}
+    results: Results = {}
+    said: Said = {"bf16": dict.fromkeys(EXPORTS, reference)}
     for build, package in (("fork", None), ("without_fix", without_fix)):
-        for layout, export in EXPORTS.items():
-            started = time.monotonic()
-            with step(f"vLLM answers them from {export.name}, {spoken(build)}"):
-                answers = ask(f"{build}-{layout}", export, prompts, package)
-            seconds = round(time.monotonic() - started, 1)
-            results[build][layout] = compare(reference, answers) | {"seconds": seconds}
-    return results
+        results[build], said[build] = {}, {}
+        with step(f"vLLM answers them from {len(EXPORTS)} exports, {spoken(build)}"):
+            for layout, answers in ask(build, EXPORTS, prompts, package):
+                if error := answers.get("error"):
+                    sys.exit(f"error: {spoken(build)}, {layout}: {error}")
+                said[build][layout] = answers
+                results[build][layout] = compare(reference["logprobs"], answers)
+    return results, said
+
+
+def exact_matches(results: Results, said: Said) -> dict[str, float]:
+    """By build; of the layouts the fork's worst and the best without the fix."""
+    reference = said["bf16"][next(iter(EXPORTS))]
+    return {
+        "bf16": addition.exact_match(QUESTIONS, reference["texts"]),
+        "fork": min(row["exact_match"] for row in results["fork"].values()),
+        "without_fix": max(
+            row["exact_match"] for row in results["without_fix"].values()
+        ),
+    }
 
 
 def spoken(build: str) -> str:
     return build.replace("_", " ")
 
 
-def show(results: Results) -> None:
-    title = f"Quark INT8 against float32, {NUM_PROMPTS} prompts"
+def right(exact_match: float) -> str:
+    return f"{exact_match * len(QUESTIONS):.0f} of {len(QUESTIONS)}"
+
+
+def show(results: Results, exact_match: dict[str, float]) -> None:
+    title = "Quark INT8 against the float32 reference"
     table = Table(title=title, title_justify="left")
     for name in ("layout", "vLLM"):
         table.add_column(name)
-    for name in ("first token", f"top {TOP}", "|d logprob|", "seconds"):
+    for name in ("right answers", "first token", f"top {TOP}", "|d logprob|"):
         table.add_column(name, justify="right")
+    table.add_row("bf16", "plain torch", right(exact_match["bf16"]))
     for layout in EXPORTS:
         for build, colour in (("fork", "green"), ("without_fix", "red")):
             figures = results[build][layout]
@@ -94,23 +121,41 @@ def show(results: Results) -> None:
             table.add_row(
                 layout,
                 f"[{colour}]{spoken(build)}",
+                f"[{colour}]{right(figures['exact_match'])}",
                 f"{figures['top1']:.0%}",
                 f"{figures['overlap20']:.3f}",
                 "not finite" if delta is None else f"{delta:.3f}",
-                f"{figures['seconds']:.0f}",
             )
     console.print(table)
 
 
-def missed_bar(results: Results) -> list[str]:
+def show_samples(said: Said, layout: str) -> None:
+    table = Table(title=f"What they answered ({layout})", title_justify="left")
+    for name in ("question", *map(spoken, said)):
+        table.add_column(name)
+    for index, pair in enumerate(QUESTIONS[:NUM_SAMPLES]):
+        texts = [by_layout[layout]["texts"][index] for by_layout in said.values()]
+        table.add_row(addition.question(*pair), *map(printable, texts))
+    console.print(table)
+
+
+def printable(text: str) -> Text:
+    return Text(ascii(text)[1:-1])
+
+
+def missed_bar(results: Results, exact_match: dict[str, float]) -> list[str]:
     missed = []
+    if exact_match["bf16"] < BAR_BF16:
+        missed.append(f"bf16 answers {exact_match['bf16']:.1%}, below {BAR_BF16:.0%}")
+    if abs(exact_match["fork"] - exact_match["bf16"]) > BAR_EXACT_MATCH:
+        missed.append(f"the fork is more than {BAR_EXACT_MATCH:.0%} from bf16")
     for layout in EXPORTS:
         fork, without_fix = results["fork"][layout], results["without_fix"][layout]
         if fork["overlap20"] < BAR_OVERLAP or fork["top1"] < BAR_TOP1:
             missed.append(
                 f"{layout}: the fork is below {BAR_OVERLAP} or {BAR_TOP1:.0%}"
             )
-        if without_fix["overlap20"] > CLEARLY_BELOW:
+        if max(without_fix["overlap20"], without_fix["exact_match"]) > CLEARLY_BELOW:
             missed.append(f"{layout}: without the fix it is right as well")
     return missed
 
@@ -169,17 +214,22 @@ def stop(server: subprocess.Popen, log: Path) -> None:
 
 
 def main() -> None:
-    results = measure()
-    show(results)
+    results, said = measure()
+    exact_match = exact_matches(results, said)
+    show(results, exact_match)
+    show_samples(said, next(iter(EXPORTS)))
     demo = ROOT / "build/demo.json"
-    demo.write_text(json.dumps(results, indent=1) + "\n")
+    figures = {"exact_match": exact_match, **results}
+    demo.write_text(json.dumps(figures, indent=1) + "\n")
     console.print(f"figures: {demo.relative_to(ROOT)}, logs: {WORK.relative_to(ROOT)}/")
+    pair = QUESTIONS[-1]
+    question, expected = addition.question(*pair), addition.answer(*pair)
     with step("vllm serve: start, answer, stop"):
-        answer = serve_and_ask(EXPORTS["3key"], PROMPT)
-    console.print(f"asked {PROMPT!r}, vllm serve answered {answer!r}")
-    if answer != ANSWER:
-        sys.exit(f"error: expected {ANSWER!r}: the model was made to go on counting")
-    if missed := missed_bar(results):
+        answer = serve_and_ask(EXPORTS["3key"], question)
+    console.print(f"asked {question!r}, vllm serve answered {answer!r}")
+    if answer != expected:
+        sys.exit(f"error: asked {question!r}: expected {expected!r}, found {answer!r}")
+    if missed := missed_bar(results, exact_match):
         sys.exit(f"error: {'; '.join(missed)}")
 
 

@@ -3,12 +3,13 @@
 
 Tests compare vLLM's answers with it. Modules carry the names of the Hugging Face
 checkpoint, one ``nn.Linear`` per expert, so that amd-quark can quantize it as well.
-Batches are lists of token id lists; each sequence runs alone, without padding.
+Batches are lists of token id lists; sequences of one length run together, without
+padding.
 """
 
 import json
-import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,26 +28,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, theta: float, rotary_dim: int) -> Tensor:
-    """Rotary embedding of the first ``rotary_dim`` channels of x [T, heads, head_dim].
+    """Rotary embedding of the first ``rotary_dim`` channels.
 
-    Channel i is paired with channel i + rotary_dim / 2; token t stands at position t.
+    x is [..., T, heads, head_dim]; token t stands at position t. Channel i is paired
+    with channel i + rotary_dim / 2.
     """
     half = rotary_dim // 2
-    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.arange(x.shape[0], dtype=torch.float64)[:, None] * frequency
-    cos, sin = angle.cos().float()[:, None], angle.sin().float()[:, None]
+    channel, token = (
+        torch.arange(count, dtype=torch.float64, device=x.device)
+        for count in (half, x.shape[-3])
+    )
+    angle = token[:, None] * theta ** (-channel / half)
+    cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
     first, second, rest = x.split((half, half, x.shape[-1] - rotary_dim), dim=-1)
     return torch.cat(
         (first * cos - second * sin, second * cos + first * sin, rest), dim=-1
     )
 
 
-def attention_mask(length: int, window: int | None) -> Tensor:
+def attention_mask(
+    length: int, window: int | None, device: torch.device | None = None
+) -> Tensor:
     """[query, key] bool: True where a query sees a key.
 
     A query sees itself and what came before, ``window`` tokens in all if given.
     """
-    distance = torch.arange(length)[:, None] - torch.arange(length)
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
     visible = distance >= 0
     return visible if window is None else visible & (distance < window)
 
@@ -62,13 +70,13 @@ def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
 def route(
     logits: Tensor, bias: Tensor, top_k: int, renormalize: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Choose experts for router logits [T, E]; returns weights and ids, both [T, k].
+    """Choose experts for router logits [..., E]; weights and ids, both [..., k].
 
     The bias [E] takes part in the choice only: weights are the plain sigmoid scores.
     """
     scores = logits.sigmoid()
     ids = (scores + bias).topk(top_k, dim=-1).indices
-    weights = scores.gather(1, ids)
+    weights = scores.gather(-1, ids)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights * scale, ids
@@ -123,19 +131,20 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        length = x.shape[0]
-        q = self.q_norm(self.q_proj(x).view(length, -1, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(length, -1, self.head_dim))
-        v = self.v_proj(x).view(length, -1, self.head_dim)
+        heads = (-1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
+        v = self.v_proj(x).unflatten(-1, heads)
         q = rotate(q, self.theta, self.rotary_dim)
         k = rotate(k, self.theta, self.rotary_dim)
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q, k) * self.head_dim**-0.5
-        scores = scores.masked_fill(~attention_mask(length, self.window), -torch.inf)
-        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+        group = q.shape[-2] // k.shape[-2]
+        k, v = k.repeat_interleave(group, dim=-2), v.repeat_interleave(group, dim=-2)
+        scores = torch.einsum("...qhd,...khd->...hqk", q, k) * self.head_dim**-0.5
+        visible = attention_mask(x.shape[-2], self.window, x.device)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        out = torch.einsum("...hqk,...khd->...qhd", scores.softmax(-1), v)
         out = out * self.g_proj(x).sigmoid()[..., None]
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(-2))
 
 
 class MoE(nn.Module):
@@ -156,15 +165,14 @@ class MoE(nn.Module):
         self.scale = config.moe_router_scaling_factor
 
     def forward(self, x: Tensor) -> Tensor:
+        logits = self.gate(x)
         weights, ids = route(
-            self.gate(x), self.router_bias, self.top_k, self.renormalize, self.scale
+            logits, self.router_bias, self.top_k, self.renormalize, self.scale
         )
-        out = torch.zeros_like(x)
-        for index, expert in enumerate(self.experts):
-            token, slot = (ids == index).nonzero(as_tuple=True)
-            if token.numel():
-                out[token] += expert(x[token]) * weights[token, slot, None]
-        return out
+        # Every expert sees every token; what the router did not choose weighs nothing.
+        weights = torch.zeros_like(logits).scatter(-1, ids, weights)
+        outputs = [expert(x) for expert in self.experts]
+        return torch.einsum("...e,e...h->...h", weights, torch.stack(outputs))
 
 
 class DecoderLayer(nn.Module):
@@ -207,7 +215,7 @@ class Backbone(nn.Module):
 
 
 class Step3p5(nn.Module):
-    """The whole model: token ids [T] int64 to logits [T, vocab_size] float32."""
+    """The whole model: token ids [..., T] int64 to logits [..., T, vocab_size]."""
 
     def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
@@ -229,6 +237,22 @@ def split_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             split[name] = tensor
     return split
+
+
+def stack_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename ``moe.experts.<e>.gate_proj.*`` to 3-key ``moe.gate_proj.*`` [E, ...]."""
+    stacked: dict[str, Tensor] = {}
+    groups: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for name, tensor in weights.items():
+        prefix, found, rest = name.partition(".moe.experts.")
+        if found:
+            expert, rest = rest.split(".", 1)
+            groups[f"{prefix}.moe.{rest}"][int(expert)] = tensor
+        else:
+            stacked[name] = tensor
+    for name, group in groups.items():
+        stacked[name] = torch.stack([group[expert] for expert in range(len(group))])
+    return stacked
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -277,10 +301,35 @@ def load(folder: Path, int8_inputs: bool = False) -> Step3p5:
     return model.eval().requires_grad_(False)
 
 
+def by_length(batch: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor]]:
+    """The sequences of each length: their indices in the batch, and ids [n, length]."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, token_ids in enumerate(batch):
+        groups[len(token_ids)].append(index)
+    for indices in groups.values():
+        yield indices, torch.tensor([list(batch[index]) for index in indices])
+
+
 def logprobs(model: Step3p5, batch: Sequence[Sequence[int]]) -> Tensor:
     """Log-probabilities of each sequence's next token, [len(batch), vocab_size]."""
-    last = [model(torch.tensor(token_ids))[-1] for token_ids in batch]
-    return torch.stack(last).log_softmax(-1)
+    last: dict[int, Tensor] = {}
+    for indices, token_ids in by_length(batch):
+        last.update(zip(indices, model(token_ids)[:, -1], strict=True))
+    return torch.stack([last[index] for index in range(len(batch))]).log_softmax(-1)
+
+
+def greedy(
+    model: Step3p5, batch: Sequence[Sequence[int]], stop: int, max_tokens: int
+) -> list[list[int]]:
+    """What greedy decoding adds to each sequence, up to the token ``stop``."""
+    added: dict[int, list[int]] = {}
+    for indices, ids in by_length(batch):
+        length = ids.shape[1]
+        for _ in range(max_tokens):
+            ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), dim=1)
+        for index, row in zip(indices, ids[:, length:].tolist(), strict=True):
+            added[index] = row[: row.index(stop)] if stop in row else row
+    return [added[index] for index in range(len(batch))]
 
 
 def agreement(expected: Tensor, found: Tensor, top: int = 20) -> tuple[float, float]:
@@ -291,9 +340,3 @@ def agreement(expected: Tensor, found: Tensor, top: int = 20) -> tuple[float, fl
         for logprobs in (expected, found)
     ]
     return first.item(), (in_top[0] * in_top[1]).sum(-1).mean().item() / top
-
-
-def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
-    """Strings of 4 to 47 random bytes: shorter and longer than the sliding window."""
-    rng = random.Random(seed)
-    return [list(rng.randbytes(rng.randrange(4, 48))) for _ in range(count)]

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask checkpoints, one after the other in one process, the same questions.
+
+    ask_checkpoints.py JOB.json ANSWERS
+
+JOB is `{"prompts": [[token ids]], "memory_share": .., "checkpoints": {name: folder}}`;
+memory_share is vLLM's gpu_memory_utilization. The folder ANSWERS gets one NAME.json a
+checkpoint: `{"texts": [..], "logprobs": [[..]]}`, the greedy answer to each prompt and
+the log probability of every token of the vocabulary after it, null where not finite;
+or `{"error": ".."}`. Runs with whatever vLLM comes first on the path, so that builds
+can be compared.
+"""
+
+import gc
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.entrypoints.llm import LLM
+from vllm.sampling_params import SamplingParams
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+MAX_TOKENS = 8
+
+
+def ask(folder: str, prompts: Sequence[list[int]], memory_share: float) -> dict:
+    llm = LLM(
+        folder,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_batched_tokens=2048,
+        max_logprobs=-1,
+        gpu_memory_utilization=memory_share,
+        # Given as a class, it runs the model in this process on a CPU too: no worker
+        # has to start for each checkpoint, and errors come through whole.
+        distributed_executor_backend=UniProcExecutor,
+        seed=0,
+    )
+    try:
+        requests = [{"prompt_token_ids": token_ids} for token_ids in prompts]
+        first = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
+        whole = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+        rows = []
+        for output in llm.generate(requests, first, use_tqdm=False):
+            [found] = output.outputs[0].logprobs
+            values = [found[token].logprob for token in sorted(found)]
+            rows.append([value if math.isfinite(value) else None for value in values])
+        answers = llm.generate(requests, whole, use_tqdm=False)
+        return {"texts": [a.outputs[0].text for a in answers], "logprobs": rows}
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def last_line(error: Exception) -> str:
+    """The end of what the error says, as Python prints it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else repr(error)
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    answers = Path(sys.argv[2])
+    for name, folder in job["checkpoints"].items():
+        try:
+            answer = ask(folder, job["prompts"], job["memory_share"])
+        except Exception as error:
+            answer = {"error": last_line(error)}
+        partial = answers / f"{name}.partial"
+        partial.write_text(json.dumps(answer))
+        partial.rename(answers / f"{name}.json")
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    main()
