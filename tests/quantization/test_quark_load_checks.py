@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.quantization.quark import load_checks
 from vllm.model_executor.layers.quantization.quark.checkpoint import CheckpointError
 from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model
 
 from tests.quantization.exports import PER_EXPERT, STACKED, Export, load_model
+from tests.quantization.utils import poison
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -489,10 +493,47 @@ def test_share_of_one_of_two_ranks_loads(name, rank, by_expert, tensor_parallel,
     load_model(write(name), enable_expert_parallel=by_expert)
 
 
+def unchecked_config(model_config: ModelConfig) -> VllmConfig:
+    """An engine's config, without the checks that come with reading it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_checks, "check_model", lambda *arguments: None)
+        return VllmConfig(model_config=model_config)
+
+
+def floats(model: nn.Module) -> list[torch.Tensor]:
+    return [each for each in model.parameters() if each.is_floating_point()]
+
+
 def test_float_checkpoint_is_not_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(load_checks, "read_checkpoint", lambda folder: 1 / 0)
     quark = {"global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}
     load_checks.check_folder(tmp_path, quark, {})
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0])
+def test_downloaded_model_is_judged_before_its_weights_are_read(
+    value, write, monkeypatch
+):
+    folder = write(STACKED, set_value(DOWN_SCALE, value))
+    prepare = DefaultModelLoader._prepare_weights
+    monkeypatch.setattr(
+        DefaultModelLoader,
+        "_prepare_weights",
+        lambda self, name, *rest: prepare(self, str(folder), *rest),
+    )
+    config = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16")
+    vllm_config = unchecked_config(config)
+    config.model = "someone/step3p5"
+    loader = DefaultModelLoader(LoadConfig())
+    with set_current_vllm_config(vllm_config):
+        model = initialize_model(vllm_config)
+        if value:
+            loader.load_weights(model, config)
+            return
+        poison(model)
+        with pytest.raises(CheckpointError, match=f"{DOWN_SCALE} .* found 0.0"):
+            loader.load_weights(model, config)
+    assert all(tensor.isnan().all() for tensor in floats(model))
 
 
 def test_damaged_file_ends_before_the_model_is_built(write, monkeypatch):
