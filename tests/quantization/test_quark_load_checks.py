@@ -354,6 +354,10 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
         ),
         ("share_expert.gate_proj", "share_expert.up_proj", "all or none"),
     ),
+    "no quantization_config": (
+        lambda export: export.config.pop("quantization_config"),
+        ("a quantization_config in config.json", "I8"),
+    ),
     "no export": (lambda export: export.quark.pop("export"), ("'export'", "nothing")),
     "no exclude": (set_config("exclude", None), ("'exclude'", "None")),
     "overrides in a list": (

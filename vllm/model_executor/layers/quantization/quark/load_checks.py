@@ -347,6 +347,8 @@ def checked(loader: "DefaultModelLoader", model: Any, model_config: ModelConfig)
     tensor filled, and a tensor of another kind than its parameter; where a weight
     loader fails, it names the tensor.
     """
+    if model_config.quantization is None:
+        _refuse_int8_without_config(Path(model_config.model))
     config = _quantization_config(model_config)
     if not has_int8(config):
         return model
@@ -358,6 +360,22 @@ def checked(loader: "DefaultModelLoader", model: Any, model_config: ModelConfig)
     tensors = read_checkpoint(folder)
     check_shapes(model, tensors)
     return _CheckedModel(model, model_config, tensors)
+
+
+def _refuse_int8_without_config(folder: Path) -> None:
+    """A checkpoint that lost its quantization_config would be read as floats."""
+    try:
+        tensors = read_checkpoint(folder)
+    except CheckpointError:
+        return  # not known to be INT8, so left to the loader
+    for name, tensor in tensors.items():
+        if tensor.dtype == "I8" and f"{name}_scale" in tensors:
+            raise _error(
+                f"{name} ({tensor})",
+                "a quantization_config in config.json, since it is stored as INT8",
+                "none",
+                "copy config.json from the export",
+            )
 
 
 class _CheckedModel:
