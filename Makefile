@@ -51,7 +51,7 @@ fuzz: $(FORK_READY) ## damage 10,000 checkpoints and see that none is read wrong
 	$(BIN)/python -m tests.fuzz.fuzz_checkpoints
 
 fixtures: build/quark/.ready ## make the test exports again with the real amd-quark
-	build/quark/bin/python -m tests.fixtures.make_step3p5
+	build/quark/bin/python -m tests.fixtures.make_exports
 
 fixtures-train: build/quark/.ready ## train the small model again: minutes on a GPU
 	build/quark/bin/python -m tests.fixtures.train_step3p5

@@ -7,7 +7,8 @@ JOB is `{"prompts": [[token ids]], "memory_share": .., "checkpoints": {name: fol
 memory_share is vLLM's gpu_memory_utilization. The folder ANSWERS gets one NAME.json a
 checkpoint: `{"texts": [..], "logprobs": [[..]]}`, the greedy answer to each prompt and
 the log probability of every token of the vocabulary after it, null where not finite;
-or `{"error": ".."}`. Runs with whatever vLLM comes first on the path, so that builds
+or `{"error": "..", "loaded": ..}`, where loaded says that the error came afterwards.
+Runs with whatever vLLM comes first on the path, so that builds
 can be compared.
 """
 
@@ -15,6 +16,7 @@ import gc
 import json
 import math
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +28,8 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 MAX_TOKENS = 8
 
 
-def ask(folder: str, prompts: Sequence[list[int]], memory_share: float) -> dict:
-    llm = LLM(
+def load(folder: str, memory_share: float) -> LLM:
+    return LLM(
         folder,
         dtype="bfloat16",
         enforce_eager=True,
@@ -40,19 +42,19 @@ def ask(folder: str, prompts: Sequence[list[int]], memory_share: float) -> dict:
         distributed_executor_backend=UniProcExecutor,
         seed=0,
     )
-    try:
-        requests = [{"prompt_token_ids": token_ids} for token_ids in prompts]
-        first = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
-        whole = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-        rows = []
-        for output in llm.generate(requests, first, use_tqdm=False):
-            [found] = output.outputs[0].logprobs
-            values = [found[token].logprob for token in sorted(found)]
-            rows.append([value if math.isfinite(value) else None for value in values])
-        answers = llm.generate(requests, whole, use_tqdm=False)
-        return {"texts": [a.outputs[0].text for a in answers], "logprobs": rows}
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+
+
+def ask(llm: LLM, prompts: Sequence[list[int]]) -> dict:
+    requests = [{"prompt_token_ids": token_ids} for token_ids in prompts]
+    first = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
+    whole = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    rows = []
+    for output in llm.generate(requests, first, use_tqdm=False):
+        [found] = output.outputs[0].logprobs
+        values = [found[token].logprob for token in sorted(found)]
+        rows.append([value if math.isfinite(value) else None for value in values])
+    answers = llm.generate(requests, whole, use_tqdm=False)
+    return {"texts": [a.outputs[0].text for a in answers], "logprobs": rows}
 
 
 def last_line(error: Exception) -> str:
@@ -65,10 +67,16 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     answers = Path(sys.argv[2])
     for name, folder in job["checkpoints"].items():
+        llm = None
         try:
-            answer = ask(folder, job["prompts"], job["memory_share"])
+            llm = load(folder, job["memory_share"])
+            answer = ask(llm, job["prompts"])
         except Exception as error:
-            answer = {"error": last_line(error)}
+            traceback.print_exc()
+            answer = {"error": last_line(error), "loaded": llm is not None}
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
         partial = answers / f"{name}.partial"
         partial.write_text(json.dumps(answer))
         partial.rename(answers / f"{name}.json")

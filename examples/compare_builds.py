@@ -81,8 +81,8 @@ def ask(
 ) -> Iterator[tuple[str, Answers]]:
     """Names and answers of the checkpoints by a build, in order, as they come.
 
-    Where a checkpoint ends the process, its answer is `{"error": ..}` and another
-    process goes on with the rest.
+    Where a checkpoint ends the process, its answer is an error and another process goes
+    on with the rest.
     """
     folder = WORK / build
     shutil.rmtree(folder, ignore_errors=True)
@@ -113,7 +113,7 @@ def ask(
                     yield name, json.loads(answers.read_text())
                 elif ended:
                     said = f"ended with status {process.returncode}; see {log}"
-                    yield name, {"error": said}
+                    yield name, {"error": said, "loaded": True}
                 else:
                     time.sleep(0.2)
                     continue

@@ -258,19 +258,21 @@ def stack_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Weights of a checkpoint as float32 under per-expert names.
 
-    Symmetric INT8 weights come back as scale * integer, per tensor or per output
-    channel. Raises ValueError for int8 without a scale or with zero points.
+    INT8 weights come back as scale * (integer - zero point), per tensor or per output
+    channel. Raises ValueError for int8 without a scale.
     """
-    raw = split_experts(load_file(folder / FILE))
+    raw: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        raw |= split_experts(load_file(file))
     weights = {}
     for name, tensor in raw.items():
-        if name.endswith("_zero_point") and tensor.any():
-            raise ValueError(f"{name}: expected symmetric weights, found zero points")
         if name.endswith(("_scale", "_zero_point")):
             continue
         if tensor.dtype == torch.int8:
             if f"{name}_scale" not in raw:
                 raise ValueError(f"{name}: int8 without {name}_scale")
+            if (zero_point := raw.get(f"{name}_zero_point")) is not None:
+                tensor = tensor.float() - zero_point.float().reshape(-1, 1)
             tensor = tensor * raw[f"{name}_scale"].float().reshape(-1, 1)
         weights[name] = tensor.float()
     return weights
