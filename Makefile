@@ -23,7 +23,7 @@ VENV_FLAGS := $(if $(filter rocm,$(VLLM_TARGET_DEVICE)),--system-site-packages)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install wheel demo test test-nightly test-mutants fuzz fixtures \
+.PHONY: help install wheel demo matrix test test-nightly test-mutants fuzz fixtures \
     fixtures-train tree patches mails check-patches lint bench clean
 
 help: ## list the targets
@@ -37,6 +37,9 @@ wheel: $(WHEEL) ## build the fork's wheel into dist/
 
 demo: $(FORK_READY) ## serve a Quark INT8 export: right answers against garbage
 	$(BIN)/python -m examples.quark_int8_demo
+
+matrix: $(FORK_READY) ## run every kind of export: right, refused or garbage
+	$(BIN)/python -m examples.matrix $(if $(STOCK),--stock $(STOCK))
 
 test: $(FORK_READY) ## run the tests
 	$(BIN)/pytest $(PYTEST_FLAGS)
