@@ -30,6 +30,7 @@ from tests.models.step3p5_reference import greedy, load, logprobs
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests/fixtures/step3p5-tiny"
 WORK = ROOT / "build/demo"
+SCRIPT = ROOT / "examples/ask_checkpoints.py"
 EXPORTS = {"3key": FIXTURES / "int8-3key", "per_expert": FIXTURES / "int8-per-expert"}
 QUESTIONS = addition.held_out(200)
 TOP = 20
@@ -87,7 +88,6 @@ def ask(
     folder = WORK / build
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    script = ROOT / "examples/ask_checkpoints.py"
     left = dict(checkpoints)
     while left:
         job, log = folder / "job.json", folder / f"{next(iter(left))}.log"
@@ -99,7 +99,7 @@ def ask(
         )
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, script, job, folder],
+                [sys.executable, SCRIPT, job, folder],
                 env=environment(package),
                 stdout=file,
                 stderr=subprocess.STDOUT,
