@@ -20,21 +20,36 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.entrypoints.llm import LLM
 from vllm.sampling_params import SamplingParams
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-MAX_TOKENS = 8
+MAX_TOKENS = 5  # the longest answer and the end token
 
 
 def load(folder: str, memory_share: float) -> LLM:
+    """The engine, loaded over poisoned memory.
+
+    A parameter that the checkpoint does not fill holds NaN or the largest integer then,
+    and not, by chance, what an earlier checkpoint left there.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        return engine(folder, memory_share)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def engine(folder: str, memory_share: float) -> LLM:
     return LLM(
         folder,
         dtype="bfloat16",
         enforce_eager=True,
         max_model_len=256,
         max_num_batched_tokens=2048,
+        max_num_seqs=256,
         max_logprobs=-1,
         gpu_memory_utilization=memory_share,
         # Given as a class, it runs the model in this process on a CPU too: no worker

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ SCRIPT = ROOT / "examples/ask_checkpoints.py"
 EXPORTS = {"3key": FIXTURES / "int8-3key", "per_expert": FIXTURES / "int8-per-expert"}
 QUESTIONS = addition.held_out(200)
 TOP = 20
-MAX_TOKENS = 8  # the same in ask_checkpoints.py
+MAX_TOKENS = 5  # the same in ask_checkpoints.py
 MEMORY_SHARE = 0.3  # of the device's memory: more than the small model needs
 
 
@@ -79,7 +79,7 @@ def ask(
     checkpoints: Mapping[str, Path],
     prompts: Sequence[Sequence[int]],
     package: Path | None,
-) -> Iterator[tuple[str, Answers]]:
+) -> Generator[tuple[str, Answers], None, None]:
     """Names and answers of the checkpoints by a build, in order, as they come.
 
     Where a checkpoint ends the process, its answer is an error and another process goes
