@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory and time of loading a 2 GB Quark INT8 export on a CPU.
+
+    python benchmarks/benchmark_load_int8.py [RESULTS.json]
+
+Writes random Step-3.5 exports in both layouts to build/load, shard by shard, and loads
+each with the engine's own loader, a process a load: with the fork, and with a build
+that lacks the checks of checkpoints, in turns. The files are in the page cache.
+
+RESULTS gets `{"device", "date", "rows": [{"layout", "build", "checkpoint_mib",
+"shard_mib", "baseline_mib", "peak_mib", "seconds", "cpu_seconds", "runs"}]}`: medians;
+shard_mib is of the largest shard; baseline_mib is VmHWM when all is imported and the
+process groups are there; peak_mib is VmHWM when the model is loaded. Exits 1 where the
+peak is above baseline + checkpoint + one shard, or the checks cost 3 % or more.
+"""
+
+import datetime
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "build/load"
+RUNS = 5
+SHARD_BYTES = 400 << 20
+CHECKS = "vllm/model_executor/layers/quantization/quark/load_checks.py"
+MAX_COST = 0.03
+
+HIDDEN, EXPERTS, WIDTH, VOCAB = 2048, 64, 1024, 4096
+HEADS, GROUPS, HEAD = 16, 8, 128
+LAYERS = 6  # the first is dense
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FIXTURE = ROOT / "tests/fixtures/step3p5-tiny/int8-3key/config.json"
+
+
+def make_config() -> dict[str, Any]:
+    """config.json; the scheme is what amd-quark wrote for the test exports."""
+    quark = json.loads(FIXTURE.read_text())["quantization_config"]
+    bf16 = ["lm_head"]
+    for layer in range(LAYERS):
+        names = ["mlp"] if layer == 0 else ["share_expert"]
+        bf16 += [f"model.layers.{layer}.{n}.{p}" for n in names for p in PROJECTIONS]
+        bf16 += [] if layer == 0 else [f"model.layers.{layer}.moe.gate"]
+    return {
+        "architectures": ["Step3p5ForCausalLM"],
+        "model_type": "step3p5",
+        "torch_dtype": "bfloat16",
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "max_position_embeddings": 1024,
+        "max_seq_len": 1024,
+        "num_attention_heads": HEADS,
+        "num_attention_groups": GROUPS,
+        "head_dim": HEAD,
+        "layer_types": ["full_attention"] * LAYERS,
+        "rope_theta": [10000.0] * LAYERS,
+        "intermediate_size": WIDTH,
+        "use_moe": True,
+        "moe_layers_enum": ",".join(map(str, range(1, LAYERS))),
+        "moe_num_experts": EXPERTS,
+        "moe_top_k": 8,
+        "moe_intermediate_size": WIDTH,
+        "share_expert_dim": WIDTH,
+        "moe_router_activation": "sigmoid",
+        "quantization_config": quark | {"exclude": bf16},
+    }
+
+
+def random_int8(*shape: int) -> Tensor:
+    """From -128 to 127 without zeros."""
+    tensor = torch.randint(-128, 127, shape, dtype=torch.int8)
+    return torch.where(tensor < 0, tensor, tensor + 1)
+
+
+def linear(name: str, *shape: int, int8: bool) -> Iterator[tuple[str, Tensor]]:
+    if int8:
+        yield f"{name}.weight", random_int8(*shape)
+        yield f"{name}.weight_scale", torch.rand(shape[:-1]) / 1000 + 1e-4
+    else:
+        yield f"{name}.weight", torch.randn(shape).bfloat16() / 64
+
+
+def mlp(name: str, *experts: int, int8: bool) -> Iterator[tuple[str, Tensor]]:
+    for projection in PROJECTIONS:
+        shape = (HIDDEN, WIDTH) if projection == "down_proj" else (WIDTH, HIDDEN)
+        yield from linear(f"{name}.{projection}", *experts, *shape, int8=int8)
+
+
+def tensors(stacked: bool) -> Iterator[tuple[str, Tensor]]:
+    """One after the other, so that no more than a shard of them is in memory."""
+    yield "model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN).bfloat16()
+    for index in range(LAYERS):
+        layer = f"model.layers.{index}"
+        query, key = HEADS * HEAD, GROUPS * HEAD
+        for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+            yield from linear(f"{layer}.self_attn.{name}", rows, HIDDEN, int8=True)
+        yield from linear(f"{layer}.self_attn.o_proj", HIDDEN, query, int8=True)
+        for norm in ("self_attn.q_norm", "self_attn.k_norm"):
+            yield f"{layer}.{norm}.weight", torch.zeros(HEAD, dtype=torch.bfloat16)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{layer}.{norm}.weight", torch.zeros(HIDDEN, dtype=torch.bfloat16)
+        if index == 0:
+            yield from mlp(f"{layer}.mlp", int8=False)
+            continue
+        yield from mlp(f"{layer}.share_expert", int8=False)
+        yield from linear(f"{layer}.moe.gate", EXPERTS, HIDDEN, int8=False)
+        yield f"{layer}.moe.router_bias", torch.zeros(EXPERTS)
+        if stacked:
+            yield from mlp(f"{layer}.moe", EXPERTS, int8=True)
+        else:
+            for expert in range(EXPERTS):
+                yield from mlp(f"{layer}.moe.experts.{expert}", int8=True)
+    yield "model.norm.weight", torch.zeros(HIDDEN, dtype=torch.bfloat16)
+    yield from linear("lm_head", VOCAB, HIDDEN, int8=False)
+
+
+def write_export(folder: Path, stacked: bool) -> None:
+    """Write the export unless it is there; the index last, as it makes it whole."""
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(make_config(), indent=1))
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+
+    def write() -> None:
+        shards.append(list(held))
+        save_file(held, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        held.clear()
+
+    size = total = 0
+    for name, tensor in tensors(stacked):
+        if held and size + tensor.nbytes > SHARD_BYTES:
+            write()
+            size = 0
+        held[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    write()
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        (folder / f"{number}.part").rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    index_file.write_text(json.dumps(index))
+
+
+def peak_mib() -> float:
+    [line] = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    ]
+    return int(line.split()[1]) / 1024
+
+
+def load(folder: Path) -> dict[str, float]:
+    """Load the export in this process, as the engine's worker does."""
+    from vllm.config import (
+        LoadConfig,
+        ModelConfig,
+        VllmConfig,
+        set_current_vllm_config,
+    )
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.models.step3p5 import Step3p5ForCausalLM  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as scratch:
+        with set_current_vllm_config(VllmConfig()):
+            parallel_state.init_distributed_environment(
+                world_size=1,
+                rank=0,
+                distributed_init_method=f"file://{scratch}/store",
+                local_rank=0,
+                backend="gloo",
+            )
+            parallel_state.ensure_model_parallel_initialized(1, 1)
+        baseline = peak_mib()
+        started, cpu_started = time.perf_counter(), time.process_time()
+        vllm_config = VllmConfig(
+            model_config=ModelConfig(
+                model=str(folder), skip_tokenizer_init=True, dtype="bfloat16"
+            ),
+            load_config=LoadConfig(use_tqdm_on_load=False),
+        )
+        with set_current_vllm_config(vllm_config):
+            loader = get_model_loader(vllm_config.load_config)
+            model = loader.load_model(vllm_config, vllm_config.model_config)
+        seconds = time.perf_counter() - started
+        cpu_seconds = time.process_time() - cpu_started
+        del model
+    return {
+        "baseline_mib": baseline,
+        "peak_mib": peak_mib(),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+    }
+
+
+def load_with(folder: Path, package: Path | None) -> dict[str, float]:
+    """`load` in a process of its own, with the build in the folder `package`."""
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", VLLM_LOGGING_LEVEL="ERROR")
+    if package:
+        env["PYTHONPATH"] = str(package)
+    done = subprocess.run(
+        [sys.executable, __file__, "--load", folder],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"error: loading {folder} failed:\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def patch_of_checks() -> str:
+    """Number of the patch that brings the checks."""
+    [patch] = [
+        path
+        for path in (ROOT / "patches/v0.20").glob("*.patch")
+        if f"Overlay: {CHECKS}\n" in path.read_text()
+    ]
+    return patch.name.partition("-")[0]
+
+
+def medians(folder: Path, builds: dict[str, Path | None]) -> list[dict[str, Any]]:
+    """A row a build of loads in turns, after one that fills the page cache."""
+    load_with(folder, None)
+    runs: dict[str, list[dict[str, float]]] = {build: [] for build in builds}
+    for _ in range(RUNS):
+        for build, package in builds.items():
+            runs[build].append(load_with(folder, package))
+    sizes = [file.stat().st_size / 2**20 for file in folder.glob("*.safetensors")]
+    head = {
+        "layout": folder.name,
+        "checkpoint_mib": math.ceil(sum(sizes)),
+        "shard_mib": math.ceil(max(sizes)),
+    }
+    return [
+        head
+        | {"build": build}
+        | {
+            name: round(statistics.median(run[name] for run in found), 2)
+            for name in found[0]
+        }
+        | {"runs": len(found)}
+        for build, found in runs.items()
+    ]
+
+
+def judge(rows: list[dict[str, Any]]) -> list[str]:
+    """What is above its bar."""
+    problems = []
+    for row in rows:
+        above = row["peak_mib"] - row["baseline_mib"]
+        if above > row["checkpoint_mib"] + row["shard_mib"]:
+            problems.append(f"{row['layout']}, {row['build']}: peak {above:.0f} MiB")
+    seconds = {(row["layout"], row["build"]): row["cpu_seconds"] for row in rows}
+    for layout in {row["layout"] for row in rows}:
+        cost = seconds[layout, "fork"] / seconds[layout, "without checks"] - 1
+        if cost >= MAX_COST:
+            problems.append(f"{layout}: the checks cost {cost:.1%}")
+    return problems
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--load"]:
+        print(json.dumps(load(Path(sys.argv[2]))))
+        return
+    sys.path.insert(0, str(ROOT))
+    from examples.compare_builds import device_name
+    from tools.mutants import install_without
+
+    builds = {"fork": None, "without checks": install_without(patch_of_checks())}
+    rows = []
+    for layout in ("per_expert", "3key"):
+        write_export(WORK / layout, stacked=layout == "3key")
+        rows += medians(WORK / layout, builds)
+        show(rows)
+    if sys.argv[1:]:
+        date = datetime.date.today().isoformat()
+        head = {"device": device_name(), "date": date}
+        text = json.dumps({**head, "rows": rows}, indent=1)
+        Path(sys.argv[1]).write_text(text + "\n")
+    if problems := judge(rows):
+        sys.exit("error: " + "; ".join(problems))
+
+
+if __name__ == "__main__":
+    main()
