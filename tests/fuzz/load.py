@@ -118,14 +118,15 @@ def is_clear(error: Exception, folder: Path) -> bool:
 
 
 def changes_settings(files: Files, export: Export) -> bool:
-    """Whether config.json is one in JSON, of another model."""
+    """Whether config.json is JSON and another outside its quantization_config."""
     try:
         config = parse(files[CONFIG])
     except (KeyError, ValueError):
         return False
     written = parse(export.files[CONFIG])
-    for settings in (config, written):
-        settings.pop("quantization_config", None)
+    quark = config.get("quantization_config")
+    if isinstance(quark, dict):
+        config["quantization_config"] = written["quantization_config"]
     return config != written
 
 
