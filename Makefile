@@ -24,7 +24,7 @@ VENV_FLAGS := $(if $(filter rocm,$(VLLM_TARGET_DEVICE)),--system-site-packages)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install wheel demo matrix test test-nightly test-mutants fuzz fixtures \
-    fixtures-train tree patches mails check-patches lint bench clean
+    fixtures-train tree patches mails check-patches lint bench bench-load clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | \
@@ -83,6 +83,9 @@ lint: $(LINT_READY) ## ruff and mypy
 
 bench: $(FORK_READY) ## measure the INT8 fused MoE here
 	$(BIN)/python benchmarks/kernels/benchmark_cpu_int8_moe.py
+
+bench-load: $(FORK_READY) ## measure memory and time of loading a 2 GB export
+	$(BIN)/python benchmarks/benchmark_load_int8.py
 
 clean: ## remove what was built here, but not the cache of base wheels
 	rm -rf build dist .venv

@@ -41,9 +41,10 @@ SHARD_BYTES = 400 << 20
 CHECKS = "vllm/model_executor/layers/quantization/quark/load_checks.py"
 MAX_COST = 0.03
 
-HIDDEN, EXPERTS, WIDTH, VOCAB = 2048, 64, 1024, 4096
-HEADS, GROUPS, HEAD = 16, 8, 128
-LAYERS = 6  # the first is dense
+# Sizes of a Step-3.5-Flash layer, but for the number of experts.
+HIDDEN, EXPERTS, WIDTH, VOCAB = 4096, 28, 1280, 4096
+HEADS, GROUPS, HEAD = 64, 8, 128
+LAYERS = 5  # the first is dense
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 FIXTURE = ROOT / "tests/fixtures/step3p5-tiny/int8-3key/config.json"
 
