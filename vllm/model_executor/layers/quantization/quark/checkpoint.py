@@ -140,7 +140,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             header = _parse_json(file, stream.read(length), "the header")
     except OSError as error:
         raise _error(file, "a readable file", str(error), DOWNLOAD_AGAIN) from None
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        expected = "__metadata__ of texts in the header"
+        raise _error(file, expected, f"{metadata!r:.100}", DOWNLOAD_AGAIN)
     data = 8 + length
     tensors = {
         name: _read_entry(file, name, entry, data, size)

@@ -67,15 +67,25 @@ def _error(
 
 def check_config(config: Config) -> None:
     """Raise ValueError for a quantization_config of INT8 that vLLM cannot read."""
-    if not has_int8(config):
+    scheme = config.get("global_quant_config")
+    kinds = ("weight", "input_tensors")
+    is_scheme = isinstance(scheme, dict) and all(
+        isinstance(scheme.get(kind) or {}, dict) for kind in kinds
+    )
+    if is_scheme and not has_int8(config):
         return
+    export = config.get("export")
+    is_export = isinstance(export, dict) and isinstance(
+        export.get("kv_cache_group"), list
+    )
     exclude = config.get("exclude")
     is_names = isinstance(exclude, list) and all(
         isinstance(each, str) for each in exclude
     )
     overrides = ("layer_quant_config", "layer_type_quant_config")
     problems = {
-        "export": not isinstance(config.get("export"), dict),
+        "global_quant_config": not is_scheme,
+        "export": not is_export,
         "exclude": not is_names,
         **{key: not isinstance(config.get(key) or {}, dict) for key in overrides},
     }

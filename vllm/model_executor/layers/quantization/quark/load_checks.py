@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.fused_moe import FusedMoE
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.quark.checkpoint import (
+    DOWNLOAD_AGAIN,
     CheckpointError,
     TensorInfo,
     read_checkpoint,
@@ -162,7 +163,7 @@ def _expected_shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]
     for prefix, module in model.named_modules():
         if isinstance(module, FusedMoE) and _is_int8(module):
             shapes |= _expected_experts(prefix, module)
-        elif isinstance(module, LinearBase) and _is_int8(module):
+        elif isinstance(module, LinearBase) and _is_matrix(module):
             parent, _, name = prefix.rpartition(".")
             shards = packed.get(name, [name])
             sizes = _output_sizes(module)
@@ -202,6 +203,11 @@ def _expected_experts(
     return shapes
 
 
+def _is_matrix(module: LinearBase) -> bool:
+    """Whether a linear layer's weight is as in the checkpoint: [N, K], not packed."""
+    return _is_int8(module) or isinstance(module.quant_method, UnquantizedLinearMethod)
+
+
 def _is_int8(module: nn.Module) -> bool:
     """Whether a linear layer, or a layer of experts, holds INT8 weights."""
     weight = getattr(module, "weight", None)
@@ -211,7 +217,7 @@ def _is_int8(module: nn.Module) -> bool:
 
 
 def check_shapes(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise CheckpointError for what a built model shows of the files' headers: an INT8
+    """Raise CheckpointError for what a built model shows of the files' headers: a
     weight of another shape or dtype than the layer that takes it, and a tensor that one
     layer lacks and others have. Names that a model's loader makes up are left to it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
@@ -225,10 +231,12 @@ def check_shapes(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
         if suffix != WEIGHT or module not in shapes:
             continue
         shape, prefix = shapes[module]
-        if tensor.dtype != "I8" or tensor.shape != shape:
+        dtype = "I8" if _is_int8(model.get_submodule(prefix)) else "floating-point"
+        is_dtype = (tensor.dtype == "I8") == (dtype == "I8")
+        if not is_dtype or tensor.shape != shape:
             raise _error(
                 f"{tensor.name} ({tensor.file.name})",
-                f"I8 {list(shape)} for {prefix}",
+                f"{dtype} {list(shape)} for {prefix}",
                 f"{tensor.dtype} {list(tensor.shape)}",
                 "correct config.json so that it fits the weights, or export again",
             )
@@ -257,6 +265,18 @@ def _checkpoint_names(model: nn.Module) -> Iterable[str]:
 
 
 # --- while the weights are loaded ---------------------------------------------------
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return
+    # One pass and no mask: a sum of finite numbers overflows only if they are huge.
+    if tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all():
+        return
+    bad = ~tensor.isfinite()
+    where = bad.nonzero()[0].tolist()
+    found = f"{tensor[tuple(where)].item()} at {where}, {int(bad.sum())} such"
+    raise _error(name, "finite numbers", found, DOWNLOAD_AGAIN)
 
 
 class _Watch(TorchDispatchMode):
@@ -333,6 +353,7 @@ class _Watch(TorchDispatchMode):
             if name.endswith(COMPANIONS) and tensor.ndim > 1 and tensor.shape[-1] == 1:
                 tensor = tensor.squeeze(-1)
             self.current, self.is_taken = (name, tensor), False
+            _check_finite(name, tensor)
             yield name, tensor
             if not self.is_taken and tensor.numel():
                 address = tensor.data_ptr()
