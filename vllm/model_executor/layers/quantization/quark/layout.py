@@ -70,7 +70,9 @@ def check_config(config: Config) -> None:
     scheme = config.get("global_quant_config")
     kinds = ("weight", "input_tensors")
     is_scheme = isinstance(scheme, dict) and all(
-        isinstance(scheme.get(kind) or {}, dict) for kind in kinds
+        # FP8 with INT4 has a list of two.
+        isinstance(scheme.get(kind) or {}, (dict, list))
+        for kind in kinds
     )
     if is_scheme and not has_int8(config):
         return
