@@ -15,6 +15,7 @@ can be compared.
 import gc
 import json
 import math
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -75,6 +76,10 @@ def ask(llm: LLM, prompts: Sequence[list[int]]) -> dict:
 def last_line(error: Exception) -> str:
     """The end of what the error says, as Python prints it."""
     lines = str(error).strip().splitlines()
+    for line in lines:
+        # Pydantic repeats its input after the error.
+        if found := re.match(r"\s*Value error, (.*?)( \[type=value_error.*)?$", line):
+            return f"ValueError: {found[1]}"
     return f"{type(error).__name__}: {lines[-1].strip()}" if lines else repr(error)
 
 

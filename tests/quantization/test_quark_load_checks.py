@@ -555,3 +555,12 @@ def test_error_is_a_checkpoint_error(write):
     edit, _ = REFUSED["rows of a linear layer"]
     with pytest.raises(CheckpointError):
         load_model(write(STACKED, edit))
+
+
+def test_expression_of_a_name_that_vllm_changes(write):
+    """vLLM's name for it is model.layers.2.moe.share_expert.up_proj."""
+    expression = r"re:model\.layers\.\d+\.share_expert\..*"
+    folder = write(STACKED, include("share_expert"), exclude(expression))
+    load_model(folder)
+    with pytest.raises(CheckpointError, match="share_expert"):
+        load_model(folder, is_checked=False)

@@ -218,6 +218,17 @@ class Layout:
         count = first_value(self.model, *NUM_EXPERTS)
         return count if isinstance(count, int) else None
 
+    def full_names(self) -> list[str]:
+        """`exclude` with the names of the modules that each pattern matches.
+
+        vLLM renames modules, and full names with them, but not what a pattern matches.
+        """
+        names: list[str] = []
+        for entry in self.config["exclude"]:
+            names.append(entry)
+            names.extend(name for name in self.modules if matches(name, entry))
+        return list(dict.fromkeys(names))
+
     def int8_modules(self) -> Iterator[tuple[str, Module, Config]]:
         """Modules that the model loads as INT8: name, tensors, config."""
         for name, module in self.modules.items():

@@ -78,28 +78,38 @@ def _error(what: str, expected: str, found: str, remedy: str) -> CheckpointError
 # --- before the model is built ----------------------------------------------------
 
 
-def check_model(model: str, config: Config, hf_config: PretrainedConfig | None) -> None:
+def check_model(
+    model: str, config: dict[str, Any], hf_config: PretrainedConfig | None
+) -> None:
     """`check_folder` for a model on disk, while vLLM reads its config: nothing is
-    started yet. One that is to be downloaded is checked by `checked`."""
-    if hf_config is not None and Path(model).is_dir():
-        check_folder(Path(model), config, hf_config.to_dict())
+    started yet. Of what passes, `exclude` gets full names beside patterns. A model that
+    is to be downloaded is checked by `checked`."""
+    if hf_config is None or not Path(model).is_dir():
+        return
+    if layout := check_folder(Path(model), config, hf_config.to_dict()):
+        config["exclude"] = layout.full_names()
 
 
-def check_folder(folder: Path, config: Config, model: Mapping[str, Any]) -> None:
+def check_folder(
+    folder: Path, config: Config, model: Mapping[str, Any]
+) -> Layout | None:
     """Raise CheckpointError or ValueError for what vLLM would read wrong.
 
     config: the quantization_config; model: config.json as a whole. Reads the files'
-    headers, and of the tensors the scales and zero points alone. A folder without
-    safetensors is left to the loader.
+    headers, and of the tensors the scales and zero points alone. Returns what they
+    hold; None without INT8, and for a folder without safetensors, which is left to the
+    loader.
     """
     if not has_int8(config):
-        return
+        return None
     check_config(config)
     tensors = read_checkpoint(folder)
-    if tensors:
-        layout = Layout(tensors, config, model)
-        layout.check()
-        _check_values(layout)
+    if not tensors:
+        return None
+    layout = Layout(tensors, config, model)
+    layout.check()
+    _check_values(layout)
+    return layout
 
 
 def _check_values(layout: Layout) -> None:
