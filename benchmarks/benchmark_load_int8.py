@@ -36,7 +36,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build/load"
-RUNS = 3
+RUNS = 5
 SHARD_BYTES = 400 << 20
 CHECKS = "vllm/model_executor/layers/quantization/quark/load_checks.py"
 MAX_COST = 0.03
