@@ -13,7 +13,6 @@ that it is to answer right.
 import argparse
 import datetime
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -38,14 +37,11 @@ from examples.compare_builds import (
 )
 from tests.fixtures import addition, qwen2_moe_tiny
 from tests.fixtures.cells import CELLS, FIXTURES, Cell
-from tools.mutants import install_without
-from tools.series import read_series
-from tools.upstream import release
+from tools.fix import CPU_PATCHES
+from tools.mutants import install_only
 
 WORK = ROOT / "build/matrix"
 JSON, MARKDOWN = ROOT / "build/matrix.json", ROOT / "docs/matrix.md"
-# They let a CPU run the models and read no checkpoint.
-CPU_PATCHES = ("0004", "0005", "0006", "0007")
 STOCK_ON_CPU = "stock: the fork with no patch but 0004-0007, which a CPU needs"
 
 # What counts as right, against the float32 reference of the bfloat16 model.
@@ -197,13 +193,6 @@ def markdown(rows: list[dict[str, Any]], heading: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def stock_build() -> Path:
-    """The fork with the patches for CPUs alone."""
-    series = read_series(release(os.environ.get("VLLM_BASE_VERSION")).series)
-    numbers = [patch.name[:4] for patch in series]
-    return install_without(*(n for n in numbers if n not in CPU_PATCHES))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--stock", type=Path, metavar="FOLDER")
@@ -223,7 +212,7 @@ def main() -> None:
     with console.status("Writing the checkpoints"):
         folders = {k: cell.write(WORK / k) for k, cell in chosen.items()}
     with console.status("Building stock"):
-        builds = {"stock": args.stock or stock_build(), "fork": None}
+        builds = {"stock": args.stock or install_only(*CPU_PATCHES), "fork": None}
     found: dict[str, dict[str, dict[str, Any]]] = {key: {} for key in chosen}
     for build, package in builds.items():
         for key, answers in ask(f"matrix-{build}", folders, prompts, package):

@@ -43,6 +43,9 @@ def _model_maps_fused_modules(tree: ast.Module) -> bool:
     return any(getattr(t, "id", None) == "packed_modules_mapping" for t in targets)
 
 
+# The patches that let a CPU run the models, and read no checkpoint.
+CPU_PATCHES = ("0004", "0005", "0006", "0007")
+
 # Patch number -> the file it edits, and how to see the edit there.
 PROBES: dict[str, tuple[str, Callable[[ast.Module], bool]]] = {
     "0001": (f"{QUARK}/schemes/quark_w8a8_int8.py", _scales_have_a_loader_of_their_own),

@@ -14,7 +14,8 @@ from rich.console import Console
 from tools.build import build_wheel
 from tools.errors import ForkError
 from tools.fix import PROBES
-from tools.upstream import ROOT
+from tools.series import read_series
+from tools.upstream import ROOT, release
 
 MUTANTS = ROOT / "build/mutants"
 
@@ -27,6 +28,13 @@ def install_without(*numbers: str) -> Path:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--no-compile", "--target", folder, wheel], check=True)
     return folder
+
+
+def install_only(*numbers: str) -> Path:
+    """Build the fork with these patches alone, likewise."""
+    series = read_series(release(os.environ.get("VLLM_BASE_VERSION")).series)
+    every = [patch.name[:4] for patch in series]
+    return install_without(*(number for number in every if number not in numbers))
 
 
 def run_tests(package: Path) -> tuple[set[str], dict[str, set[str]]]:
