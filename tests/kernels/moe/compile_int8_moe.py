@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the INT8 MoE kernels for a GPU that need not be here, and describe them.
+
+    CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 python compile_int8_moe.py sm_90
+
+Runs the layer on tensors without memory, at Step-3.5-Flash's shape and numbers of
+tokens that reach every choice of tiles, and compiles each launch. Prints a JSON list.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm.model_executor.layers.fused_moe import int8_moe
+from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
+    Architecture,
+    choose_config,
+    choose_few_config,
+)
+
+TARGETS: dict[str, tuple[GPUTarget, Architecture]] = {
+    "sm_80": (GPUTarget("cuda", 80, 32), "cuda"),
+    "sm_90": (GPUTarget("cuda", 90, 32), "hopper"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "rocm"),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), "rocm"),
+}
+EXPERTS, WIDTH, HIDDEN, TOPK = 36, 1280, 4096, 8
+TOKENS = (1, 16, 64, 256, 1024, 4096)
+TYPES = {
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+}
+INSTRUCTIONS = r"wgmma\.mma_async\S+|mma\.sync\S+|v_mfma_\w+|dp4a\S+|v_dot4\w+"
+
+
+def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
+    found = []
+
+    def record(kernel: Any, grid: Any, pdl: bool, *args: Any, **options: Any) -> None:
+        if pdl:
+            options["launch_pdl"] = True
+        found.append((kernel, args, options | {"PDL": pdl}))
+
+    int8_moe._launch = record
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    for num_tokens in TOKENS:
+        pairs = num_tokens * TOPK
+        few = choose_few_config(architecture, num_tokens, TOPK, EXPERTS, WIDTH, HIDDEN)
+        int8_moe.run_int8_experts(
+            few or choose_config(architecture, pairs, EXPERTS),
+            empty(num_tokens, HIDDEN, dtype=torch.bfloat16),
+            empty(EXPERTS, 2 * WIDTH, HIDDEN, dtype=torch.int8),
+            empty(EXPERTS, HIDDEN, WIDTH, dtype=torch.int8),
+            empty(num_tokens, TOPK),
+            empty(num_tokens, TOPK, dtype=torch.int32),
+            None,
+            False,
+            None,
+            empty(EXPERTS, 2 * WIDTH, 1),
+            empty(EXPERTS, HIDDEN, 1),
+            None,
+            None,
+            None,
+            None,
+        )
+    return found
+
+
+def compile_launch(target: GPUTarget, kernel: Any, args: tuple, options: dict) -> Any:
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in options:
+            value = options.pop(name)
+            if name == "DOT4":
+                value = target.backend == "cuda"
+        else:
+            value = args[i]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = f"tensordesc<i8{value.block_shape}>"
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def spills(compiled: Any) -> int:
+    """Bytes of stack on CUDA, registers on ROCm."""
+    if "cubin" not in compiled.asm:
+        found = re.findall(r"[sv]gpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
+        return sum(map(int, found))
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    match = re.search(r"STACK:(\d+)", usage.stdout)
+    assert match, usage.stdout
+    return int(match[1])
+
+
+def main() -> None:
+    target, architecture = TARGETS[sys.argv[1]]
+    report = {}
+    for kernel, args, options in launches(architecture):
+        name = f"{kernel.fn.__name__} {options}"
+        if name in report:
+            continue
+        compiled = compile_launch(target, kernel, args, dict(options))
+        asm = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+        report[name] = {
+            "kernel": kernel.fn.__name__,
+            "options": str(options),
+            "spills": spills(compiled),
+            "shared": compiled.metadata.shared,
+            "instructions": sorted(set(re.findall(INSTRUCTIONS, asm))),
+        }
+    print(json.dumps(list(report.values())))
+
+
+if __name__ == "__main__":
+    main()

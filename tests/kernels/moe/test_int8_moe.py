@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT8 fused experts in Triton, against float64 that takes the same int8 steps.
+
+The kernels run on a GPU if there is one, else in Triton's interpreter on the CPU, which
+`TRITON_INTERPRET=1` selects before Triton is imported. The interpreter cuts bfloat16
+off where GPUs round, so it takes the other dtypes.
+
+The reference multiplies whole numbers in float64, which is exact, and rounds where the
+layer rounds. In float32 nothing is left to differ but the order of a few float32
+operations. A value that these move across a rounding boundary moves one int8 step.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe import int8_moe
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.int8_moe import align, int8_fused_experts
+from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
+    Config,
+    FewConfig,
+    Product,
+    choose_config,
+    choose_few_config,
+)
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.skipif(
+    not GPU and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU, or TRITON_INTERPRET=1 in the environment",
+)
+
+SILU, SWIGLUSTEP = MoEActivation.SILU, MoEActivation.SWIGLUSTEP
+# Small tiles, so that small shapes have several and tails.
+THIN = Config(16, Product(32, 32, swap=True, num_stages=2), Product(32, 32, swap=True))
+WIDE = Config(32, Product(64, 32, num_stages=2), Product(32, 32, num_stages=2))
+# Tensor maps, which Triton imitates where there are none.
+BOXES = Config(
+    16,
+    Product(64, 32, num_stages=2, tma_w=True),
+    Product(32, 32, num_stages=2, tma_w=True, tma_a=True),
+)
+FEW = FewConfig(8, 4, 1, 0, 4, 4, 1, 0)
+# Programs that take turns, with loads ahead of use.
+FEW_TURNS = FewConfig(4, 4, 3, 2, 2, 4, 2, 2)
+CONFIGS: dict[str, Config | FewConfig] = {
+    "thin": THIN,
+    "wide": WIDE,
+    "boxes": BOXES,
+    "few": FEW,
+    "few-turns": FEW_TURNS,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, a batch and what is made of them."""
+
+    num_experts: int = 6
+    width: int = 48
+    hidden: int = 64
+    num_tokens: int = 5
+    top_k: int = 3
+    dtype: torch.dtype = torch.float32
+    per_tensor: bool = False
+    static: bool = False
+    bias: bool = False
+    activation: MoEActivation = SILU
+    weigh_input: bool = False
+    ids: tuple[int, ...] | None = None  # of all tokens, None for random ones
+    present: tuple[int, ...] | None = None  # experts of this rank, None for all
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    x: Tensor
+    w13: Tensor
+    w2: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    expert_map: Tensor | None
+    quant_config: FusedMoEQuantConfig
+
+
+def make(case: Case) -> Layer:
+    """Random experts whose projections return values of about 4.
+
+    That is enough for swiglustep to clip some gates and ups and not others.
+    """
+    rng = torch.Generator().manual_seed(case.seed)
+    num_experts = len(case.present) if case.present else case.num_experts
+
+    def weight(rows: int, columns: int) -> Tensor:
+        size = (num_experts, rows, columns)
+        values = torch.randint(-128, 128, size, generator=rng, dtype=torch.int8)
+        return values.to(DEVICE)
+
+    def scale(rows: int, columns: int) -> Tensor:
+        size = (num_experts,) if case.per_tensor else (num_experts, rows, 1)
+        values = (torch.rand(size, generator=rng) + 0.5) * 4 / 74 / columns**0.5
+        return values.to(DEVICE)
+
+    def bias(rows: int) -> Tensor | None:
+        values = torch.randn(num_experts, rows, generator=rng) * 4
+        return values.to(DEVICE) if case.bias else None
+
+    size = (case.num_tokens, case.top_k)
+    if case.ids is not None:
+        topk_ids = torch.tensor(case.ids).expand(size)
+    else:
+        order = torch.rand(case.num_tokens, case.num_experts, generator=rng).argsort()
+        topk_ids = order[:, : case.top_k]
+    expert_map = None
+    if case.present is not None:
+        expert_map = torch.full((case.num_experts,), -1, dtype=torch.int32)
+        expert_map[list(case.present)] = torch.arange(num_experts, dtype=torch.int32)
+        expert_map = expert_map.to(DEVICE)
+    x = torch.randn(case.num_tokens, case.hidden, generator=rng)
+    return Layer(
+        x.to(DEVICE, case.dtype),
+        weight(2 * case.width, case.hidden),
+        weight(case.hidden, case.width),
+        (torch.rand(size, generator=rng) + 0.1).to(DEVICE),
+        topk_ids.int().contiguous().to(DEVICE),
+        expert_map,
+        FusedMoEQuantConfig.make(
+            torch.int8,
+            w1_scale=scale(2 * case.width, case.hidden),
+            w2_scale=scale(case.hidden, case.width),
+            a1_scale=torch.tensor(0.02, device=DEVICE) if case.static else None,
+            a2_scale=torch.tensor(0.2, device=DEVICE) if case.static else None,
+            w1_bias=bias(2 * case.width),
+            w2_bias=bias(case.hidden),
+            per_act_token_quant=not case.static,
+        ),
+    )
+
+
+def run(layer: Layer, case: Case) -> Tensor:
+    return int8_fused_experts(
+        layer.x,
+        layer.w13,
+        layer.w2,
+        layer.topk_weights,
+        layer.topk_ids,
+        case.activation,
+        case.weigh_input,
+        layer.expert_map,
+        layer.quant_config,
+    )
+
+
+@contextmanager
+def tiles(
+    config: Config | FewConfig, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Make the layer choose `config`, and poison the memory it allocates."""
+    few = config if isinstance(config, FewConfig) else None
+    with monkeypatch.context() as patch:
+        patch.setattr(int8_moe, "choose_few_config", lambda *_: few)
+        patch.setattr(int8_moe, "choose_config", lambda *_: config)
+        empty_like = torch.empty_like
+        patch.setattr(torch, "empty_like", lambda t: empty_like(t).fill_(torch.nan))
+        yield
+
+
+def quantize(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Whole numbers and scales [rows, 1], as float64; as docs/int8-moe.md says."""
+    if static_scale is not None:
+        steps = (x.double() / static_scale.double()).round().clamp(-128, 127)
+        return steps, static_scale.double().expand(x.shape[0], 1)
+    absmax = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-10)
+    # Not 127 / absmax: torch takes the reciprocal first, which rounds twice.
+    inverse = torch.full_like(absmax, 127) / absmax
+    scale = absmax / torch.full_like(absmax, 127)
+    return (x.double() * inverse.double()).round(), scale.double()
+
+
+def reference(layer: Layer, case: Case) -> Tensor:
+    q = layer.quant_config
+    assert q.w1_scale is not None and q.w2_scale is not None
+    xq, x_scale = quantize(layer.x, q.a1_scale)
+    out = torch.zeros(layer.x.shape, dtype=torch.float64, device=DEVICE)
+    for token, experts in enumerate(layer.topk_ids.tolist()):
+        for j, expert in enumerate(experts):
+            if layer.expert_map is not None:
+                expert = int(layer.expert_map[expert])
+            if expert < 0:
+                continue
+            weight = layer.topk_weights[token, j].double()
+            y = layer.w13[expert].double() @ xq[token]
+            y = y * x_scale[token] * q.w1_scale[expert].double().flatten()
+            if q.w1_bias is not None:
+                y += q.w1_bias[expert].double()
+            if case.weigh_input:
+                y *= weight
+            gate, up = y.chunk(2)
+            gate = gate * gate.sigmoid()
+            if case.activation is SWIGLUSTEP:
+                gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+            h = (gate * up).to(case.dtype)
+            hq, h_scale = quantize(h[None], q.a2_scale)
+            y = layer.w2[expert].double() @ hq[0] * h_scale[0]
+            y = y * q.w2_scale[expert].double().flatten()
+            if q.w2_bias is not None:
+                y += q.w2_bias[expert].double()
+            if not case.weigh_input:
+                y *= weight
+            out[token] += y.to(case.dtype).double()
+    return out
+
+
+def check(out: Tensor, expected: Tensor) -> None:
+    """All values within what the dtype's rounding and float32 allow."""
+    assert out.shape == expected.shape
+    assert out.isfinite().all()
+    largest = expected.abs().max() if expected.numel() else 0.0
+    step = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+    assert (out.double() - expected).abs().max() <= step[out.dtype] * largest
+
+
+CASES = {
+    "dynamic": Case(),
+    "float16": Case(dtype=torch.float16),
+    "static": Case(static=True),
+    "per-tensor": Case(per_tensor=True),
+    "per-tensor-static": Case(per_tensor=True, static=True),
+    "bias": Case(bias=True),
+    "swiglustep": Case(activation=SWIGLUSTEP, bias=True),
+    "weigh-input": Case(weigh_input=True, bias=True),
+    "expert-parallel": Case(present=(1, 3, 4)),
+    "no-expert-here": Case(present=(1,), ids=(0, 2, 5)),
+    "one-expert": Case(top_k=1, ids=(4,), num_tokens=20),
+    "one-token": Case(num_tokens=1),
+    "top-1": Case(top_k=1),
+    "odd": Case(num_experts=5, width=80, hidden=144, num_tokens=3, top_k=2),
+    "narrow": Case(num_experts=3, width=16, hidden=16, num_tokens=5, top_k=3),
+    "unknown-ids": Case(ids=(2, -1, 6)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [(name, config) for name in CASES for config in ("thin", "few")]
+    + [(n, c) for n in ("dynamic", "odd") for c in ("wide", "boxes", "few-turns")],
+)
+def test_matches_float64(
+    name: str, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    layer = make(case)
+    known = (layer.topk_ids >= 0) & (layer.topk_ids < case.num_experts)
+    with tiles(CONFIGS[config], monkeypatch):
+        out = run(layer, case)
+    # The reference has an expert of weight zero where the layer finds none.
+    layer = replace(
+        layer,
+        topk_ids=torch.where(known, layer.topk_ids, 0),
+        topk_weights=torch.where(known, layer.topk_weights, 0.0),
+    )
+    check(out, reference(layer, case))
+
+
+@pytest.mark.parametrize("top_k", [8, 32])
+def test_many_experts_a_token(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(num_experts=40, width=16, hidden=32, num_tokens=2, top_k=top_k)
+    layer = make(case)
+    for config in (THIN, FEW):
+        with tiles(config, monkeypatch):
+            check(run(layer, case), reference(layer, case))
+
+
+def test_no_token() -> None:
+    case = Case(num_tokens=0)
+    assert run(make(case), case).shape == (0, case.hidden)
+
+
+def test_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run after run and whatever the tiles: nothing depends on an order."""
+    case = Case(num_tokens=20, bias=True)
+    layer = make(case)
+    outs = []
+    for config in (THIN, THIN, WIDE, BOXES):
+        with tiles(config, monkeypatch):
+            outs.append(run(layer, case))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest sums: saturation would cut them off."""
+    case = Case(hidden=1024, width=16, num_tokens=2, top_k=1, ids=(0,))
+    layer = make(case)
+    layer.w13.fill_(-128)
+    layer.x.fill_(-1.0)
+    for config in (THIN, WIDE, FEW):
+        with tiles(config, monkeypatch):
+            check(run(layer, case), reference(layer, case))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 30, 300])
+@pytest.mark.parametrize("present", [None, (5, 0, 2)])
+def test_align(num_tokens: int, present: tuple[int, ...] | None) -> None:
+    """Against a plain sort: stable, padded, each tile of one expert."""
+    case = Case(num_experts=7, num_tokens=num_tokens, present=present, hidden=16)
+    layer = make(case)
+    num_experts = len(present) if present else 7
+    num_pairs = layer.topk_ids.numel()
+    sorted_pairs, tile_experts, num_tiles = align(
+        layer.topk_ids, layer.expert_map, num_experts, THIN
+    )
+    experts = layer.topk_ids.flatten().long()
+    if layer.expert_map is not None:
+        experts = layer.expert_map[experts].long()
+    rows: list[int] = []
+    of_tiles: list[int] = []
+    for expert in range(num_experts):
+        mine = (experts == expert).nonzero().flatten().tolist()
+        count = -(-len(mine) // 16)
+        rows += mine + [num_pairs] * (count * 16 - len(mine))
+        of_tiles += [expert] * count
+    assert num_tiles.item() == len(of_tiles) <= tile_experts.numel()
+    assert tile_experts[: len(of_tiles)].tolist() == of_tiles
+    assert sorted_pairs[: len(rows)].tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layer: replace(layer, w13=layer.w13[:, 1:]), "w13's shape"),
+        (lambda layer: replace(layer, w2=layer.w2.float()), "w2's dtype"),
+        (lambda layer: replace(layer, x=layer.x.double()), "hidden_states' dtype"),
+        (lambda layer: replace(layer, topk_ids=layer.topk_ids[1:]), "topk_ids"),
+        (
+            lambda layer: replace(
+                layer,
+                w13=layer.w13[..., :8].contiguous(),
+                w2=layer.w2[:, :8],
+                x=layer.x[:, :8],
+            ),
+            "contiguous|multiples of 16",
+        ),
+    ],
+)
+def test_bad_input(change: Callable[[Layer], Layer], message: str) -> None:
+    case = Case()
+    with pytest.raises(ValueError, match=message):
+        run(change(make(case)), case)
+
+
+def test_unknown_activation() -> None:
+    case = Case(activation=MoEActivation.GELU)
+    with pytest.raises(ValueError, match="silu, swiglustep, not gelu"):
+        run(make(case), case)
+
+
+def test_traces_under_compile() -> None:
+    case = Case()
+    layer = make(case)
+    compiled = torch.compile(
+        lambda x: run(replace(layer, x=x), case) + 1, backend="eager", fullgraph=True
+    )
+    assert torch.equal(compiled(layer.x), run(layer, case) + 1)
+
+
+def test_table_covers_every_shape() -> None:
+    for pairs in (1, 128, 4096, 65536 * 32):
+        for experts in (1, 8, 288, 512):
+            assert choose_config("hopper", pairs, experts).block_m in (16, 32, 64, 128)
+    assert choose_few_config("hopper", 8, 8, 288, 1280, 4096) is not None
+    assert choose_few_config("hopper", 9, 8, 288, 1280, 4096) is None
+    assert choose_few_config("hopper", 8, 8, 36, 1280, 4096) is None
+    assert choose_few_config("hopper", 1, 32, 512, 8192, 4096) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("num_tokens", [1, 4, 16, 130, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_real_shapes_and_graph(num_tokens: int, dtype: torch.dtype) -> None:
+    """The tiles that the table chooses; a graph that is replayed with fresh input."""
+    case = Case(32, 1280, 4096, num_tokens, 8, dtype, activation=SWIGLUSTEP)
+    layer = make(case)
+    run(layer, case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(layer, case)
+    fresh = make(replace(case, seed=1))
+    layer.x.copy_(fresh.x)
+    layer.topk_ids.copy_(fresh.topk_ids)
+    out.fill_(torch.nan)
+    graph.replay()
+    check(out, reference(layer, case))

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The INT8 MoE kernels compile for every GPU they are chosen for, without one here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# A byte more cannot be launched.
+SHARED = {"sm_80": 163, "sm_90": 227, "gfx942": 64, "gfx950": 160}
+PRODUCT = {
+    "sm_80": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
+    "sm_90": "wgmma.mma_async.sync.aligned.m64n",
+    "gfx942": "v_mfma_i32_",
+    "gfx950": "v_mfma_i32_",
+}
+
+
+@pytest.mark.parametrize("target", SHARED)
+def test_compiles(target: str) -> None:
+    """No spills, shared memory within limits, int8 on the tensor cores."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_int8_moe.py"), target],
+        env=os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    kernels = {entry["kernel"] for entry in report}
+    assert {"w13_kernel", "w2_kernel", "w13_few_kernel", "w2_few_kernel"} <= kernels
+    for entry in report:
+        assert entry["spills"] == 0, entry
+        assert entry["shared"] <= SHARED[target] * 1024, entry
+        if entry["kernel"] in ("w13_kernel", "w2_kernel"):
+            found = entry["instructions"]
+            assert any(name.startswith(PRODUCT[target]) for name in found), entry
+            assert target != "sm_90" or all("s32.s8.s8" in name for name in found)

@@ -1,0 +1,554 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT8 (W8A8) fused MoE in Triton: the layer, a registered torch op."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import int8_moe_kernels as kernels
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
+    Config,
+    FewConfig,
+    Product,
+    choose_config,
+    choose_few_config,
+    get_architecture,
+)
+from vllm.triton_utils import triton
+from vllm.utils.torch_utils import direct_register_custom_op
+
+# The only limit of swiglustep that upstream's fused MoE knows.
+SWIGLUSTEP_LIMIT = 7.0
+ACTIVATIONS = (MoEActivation.SILU, MoEActivation.SWIGLUSTEP)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Pairs that one program of the sorting kernels places.
+_PART = 256
+
+
+def int8_fused_experts(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: MoEActivation,
+    apply_router_weight_on_input: bool,
+    expert_map: torch.Tensor | None,
+    quant_config: FusedMoEQuantConfig,
+) -> torch.Tensor:
+    """Apply INT8 experts: upstream's `fused_experts` for W8A8.
+
+    Integer products are exact. All between them is float32, but the intermediate, each
+    pair's output and the result are rounded to the dtype of `hidden_states`. Values are
+    quantized as x * (127 / max(abs(x))), rounded once, halves to even.
+
+    Args:
+        hidden_states: [M, K], one of `DTYPES`.
+        w13: [E, 2N, K] int8, the gate projection above the up projection. N and K are
+            multiples of 16.
+        w2: [E, K, N] int8.
+        topk_weights: [M, topk], float.
+        topk_ids: [M, topk], integer: experts of the model if there is an `expert_map`,
+            else of this rank. An id that is no expert adds nothing.
+        activation: one of `ACTIVATIONS`.
+        apply_router_weight_on_input: weight the first product, not the second.
+        expert_map: id in the model to id on this rank, -1 where it is absent.
+        quant_config: `w1_scale` and `w2_scale` per channel, [E, 2N, 1] and [E, K, 1],
+            or per tensor, [E]; `a1_scale` and `a2_scale` a scalar for static
+            activations, None for dynamic per-token ones, whatever the weights' scales;
+            `w1_bias`, [E, 2N], and `w2_bias`, [E, K], or None.
+
+    Returns:
+        [M, K] like `hidden_states`.
+
+    Raises:
+        ValueError: a shape, dtype or activation that the kernels do not know.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"INT8 experts know the activations "
+            f"{', '.join(a.value for a in ACTIVATIONS)}, not {activation.value}: "
+            "choose upstream's kernel with --moe-backend triton."
+        )
+    assert quant_config.w1_scale is not None and quant_config.w2_scale is not None
+    _check(hidden_states, w13, w2, topk_ids, quant_config)
+    return torch.ops.vllm.int8_fused_experts(
+        hidden_states,
+        w13,
+        w2,
+        topk_weights,
+        topk_ids,
+        activation.value,
+        apply_router_weight_on_input,
+        expert_map,
+        quant_config.w1_scale,
+        quant_config.w2_scale,
+        quant_config.a1_scale,
+        quant_config.a2_scale,
+        quant_config.w1_bias,
+        quant_config.w2_bias,
+    )
+
+
+def _check(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_ids: torch.Tensor,
+    quant_config: FusedMoEQuantConfig,
+) -> None:
+    num_experts, hidden_size, width = w2.shape
+
+    def expect(name: str, found: object, expected: object) -> None:
+        if found != expected:
+            raise ValueError(
+                f"INT8 experts: {name} is {found}, expected {expected}; w2 is "
+                f"{list(w2.shape)}."
+            )
+
+    expect("w13's shape", list(w13.shape), [num_experts, 2 * width, hidden_size])
+    expect("hidden_states' last dimension", hidden_states.shape[-1], hidden_size)
+    expect("topk_ids' first dimension", topk_ids.shape[0], hidden_states.shape[0])
+    for name, tensor in (("w13", w13), ("w2", w2)):
+        expect(f"{name}'s dtype", tensor.dtype, torch.int8)
+        expect(f"{name} contiguous", tensor.is_contiguous(), True)
+    if hidden_states.dtype not in DTYPES:
+        expect(
+            "hidden_states' dtype", hidden_states.dtype, " or ".join(map(str, DTYPES))
+        )
+    if hidden_size % 16 or width % 16:
+        expect("sizes", [hidden_size, width], "multiples of 16")
+    for name, scale, channels in (
+        ("w1_scale", quant_config.w1_scale, 2 * width),
+        ("w2_scale", quant_config.w2_scale, hidden_size),
+    ):
+        assert scale is not None
+        if scale.numel() not in (num_experts, num_experts * channels):
+            expect(name, list(scale.shape), f"[{num_experts}, {channels}, 1] or [E]")
+    for name, scale in (
+        ("a1_scale", quant_config.a1_scale),
+        ("a2_scale", quant_config.a2_scale),
+    ):
+        if scale is not None and scale.numel() != 1:
+            expect(name, list(scale.shape), "a scalar")
+
+
+def _int8_fused_experts(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    apply_router_weight_on_input: bool,
+    expert_map: torch.Tensor | None,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    a13_scale: torch.Tensor | None,
+    a2_scale: torch.Tensor | None,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    num_tokens, topk = topk_ids.shape
+    if num_tokens == 0 or topk == 0:
+        return torch.zeros_like(hidden_states)
+    num_ids = w13.shape[0] if expert_map is None else expert_map.numel()
+    architecture = get_architecture()
+    config = choose_few_config(
+        architecture, num_tokens, topk, num_ids, w2.shape[2], w2.shape[1]
+    ) or choose_config(architecture, num_tokens * topk, num_ids)
+    swiglustep = activation == MoEActivation.SWIGLUSTEP.value
+    return run_int8_experts(
+        config,
+        hidden_states.contiguous(),
+        w13,
+        w2,
+        topk_weights.contiguous(),
+        topk_ids.contiguous(),
+        SWIGLUSTEP_LIMIT if swiglustep else None,
+        apply_router_weight_on_input,
+        expert_map,
+        w13_scale,
+        w2_scale,
+        a13_scale,
+        a2_scale,
+        w13_bias,
+        w2_bias,
+    )
+
+
+def run_int8_experts(
+    config: Config | FewConfig,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    swiglustep_limit: float | None,
+    weigh_input: bool,
+    expert_map: torch.Tensor | None,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    a13_scale: torch.Tensor | None,
+    a2_scale: torch.Tensor | None,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The layer with the given tiles; arguments as in `int8_fused_experts`.
+
+    Launches kernels and allocates by shape alone, so that it can be captured in a CUDA
+    graph.
+    """
+    num_tokens, hidden_size = x.shape
+    num_experts, _, width = w2.shape
+    topk = topk_ids.shape[1]
+    num_ids = num_experts if expert_map is None else expert_map.numel()
+    routing = (topk_ids, expert_map)
+    has_map = expert_map is not None
+    first: dict[str, Any] = dict(
+        PER_CHANNEL=w13_scale.numel() != num_experts,
+        HAS_BIAS=w13_bias is not None,
+        WEIGH=weigh_input,
+        SWIGLUSTEP_LIMIT=swiglustep_limit,
+    )
+    second: dict[str, Any] = dict(
+        PER_CHANNEL=w2_scale.numel() != num_experts,
+        HAS_BIAS=w2_bias is not None,
+        WEIGH=not weigh_input,
+    )
+    out = torch.empty_like(x)
+
+    if isinstance(config, FewConfig):
+        few: dict[str, Any] = dict(
+            HAS_EXPERT_MAP=has_map, DOT4=x.is_cuda and not torch.version.hip
+        )
+        h = x.new_empty((num_tokens * topk, width))
+        programs = triton.cdiv(width, config.w13_block_n)
+        if config.w13_programs:
+            most = config.w13_programs * _num_sms(x) // (num_tokens * topk)
+            programs = min(programs, max(1, most))
+        _launch(
+            kernels.w13_few_kernel,
+            (programs, num_tokens * topk),
+            config.pdl,
+            x,
+            a13_scale,
+            w13.view(torch.int32),
+            w13_scale,
+            w13_bias,
+            topk_weights,
+            *routing,
+            h,
+            num_ids,
+            width,
+            hidden_size,
+            topk,
+            BLOCK_N=config.w13_block_n,
+            BLOCK_K=triton.next_power_of_2(hidden_size // 4),
+            STATIC_X=a13_scale is not None,
+            STAGES=config.w13_stages,
+            num_warps=config.w13_num_warps,
+            **first,
+            **few,
+        )
+        programs = triton.cdiv(hidden_size, config.w2_block_n)
+        if config.w2_programs:
+            most = config.w2_programs * _num_sms(x) // num_tokens
+            programs = min(programs, max(1, most))
+        _launch(
+            kernels.w2_few_kernel,
+            (programs, num_tokens),
+            config.pdl,
+            h,
+            a2_scale,
+            w2.view(torch.int32),
+            w2_scale,
+            w2_bias,
+            topk_weights,
+            *routing,
+            out,
+            num_ids,
+            hidden_size,
+            width,
+            topk,
+            TOPK=triton.next_power_of_2(topk),
+            BLOCK_N=config.w2_block_n,
+            BLOCK_K=triton.next_power_of_2(width // 4),
+            STATIC_H=a2_scale is not None,
+            STAGES=config.w2_stages,
+            num_warps=config.w2_num_warps,
+            **second,
+            **few,
+        )
+        return out
+
+    num_pairs = num_tokens * topk
+    block_m = config.block_m
+    # An upper bound; only the device knows how many there are.
+    max_tiles = min(num_pairs, num_pairs // block_m + min(num_experts, num_pairs))
+    max_rows = max_tiles * block_m
+    pdl = config.pdl
+
+    xq, x_scale = _empty_quantized(num_tokens, hidden_size, x)
+    _quantize_rows(x, a13_scale, xq, x_scale, None, num_tokens, num_pairs, config)
+
+    tiles = align(topk_ids, expert_map, num_experts, config)
+    sorted_pairs, tile_experts, num_tiles = tiles
+
+    h = x.new_empty((max_rows, width))
+    _launch_product(
+        kernels.w13_kernel,
+        config.w13,
+        max_tiles * triton.cdiv(2 * width, config.w13.block_w),
+        pdl,
+        xq,
+        x_scale,
+        _paired_boxes(w13, config.w13) if config.w13.tma_w else w13,
+        w13_scale,
+        w13_bias,
+        topk_weights,
+        *tiles,
+        h,
+        num_pairs,
+        width,
+        hidden_size,
+        topk,
+        BLOCK_M=block_m,
+        BLOCK_N=config.w13.block_w // 2,
+        EVEN_K=hidden_size % config.w13.block_k == 0,
+        **first,
+    )
+    hq, h_scale = _empty_quantized(max_rows, width, x)
+    _quantize_rows(h, a2_scale, hq, h_scale, tiles, max_rows, num_pairs, config)
+
+    y = x.new_empty((num_pairs, hidden_size))
+    p = config.w2
+    _launch_product(
+        kernels.w2_kernel,
+        p,
+        max_tiles * triton.cdiv(hidden_size, p.block_w),
+        pdl,
+        _boxes(hq, block_m, p.block_k) if p.tma_a else hq,
+        h_scale,
+        _boxes(w2.view(-1, width), p.block_w, p.block_k) if p.tma_w else w2,
+        w2_scale,
+        w2_bias,
+        topk_weights,
+        *tiles,
+        y,
+        num_pairs,
+        hidden_size,
+        width,
+        BLOCK_M=block_m,
+        BLOCK_N=p.block_w,
+        EVEN_K=width % p.block_k == 0,
+        TMA_A=p.tma_a,
+        **second,
+    )
+    block_k = min(triton.next_power_of_2(hidden_size), 1024)
+    _launch(
+        kernels.sum_topk_kernel,
+        (num_tokens, triton.cdiv(hidden_size, block_k)),
+        pdl,
+        y,
+        *routing,
+        out,
+        num_ids,
+        hidden_size,
+        topk,
+        BLOCK_K=block_k,
+        HAS_EXPERT_MAP=has_map,
+        num_warps=4,
+    )
+    return out
+
+
+def align(
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_experts: int,
+    config: Config,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort pairs into tiles of one expert each.
+
+    Returns:
+        The pairs of each tile, [max_tiles * block_m] int32, padded with their number;
+        each tile's expert, [max_tiles] int32; the number of tiles, [1] int32. The
+        contents beyond that number are undefined.
+    """
+    num_pairs = topk_ids.numel()
+    num_ids = num_experts if expert_map is None else expert_map.numel()
+    block_m = config.block_m
+    max_tiles = min(num_pairs, num_pairs // block_m + min(num_experts, num_pairs))
+    num_parts = triton.cdiv(num_pairs, _PART)
+    bins = max(triton.next_power_of_2(num_experts + 1), 128)
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device=topk_ids.device)
+
+    sorted_pairs, tile_experts = empty(max_tiles * block_m), empty(max_tiles)
+    num_tiles = empty(1)
+    counts, before, totals = empty(num_parts, bins), empty(num_parts, bins), empty(bins)
+    common = dict(HAS_EXPERT_MAP=expert_map is not None, PART=_PART, BINS=bins)
+    routing = (topk_ids, expert_map)
+    if num_parts > 1:
+        _launch(
+            kernels.count_kernel,
+            (num_parts,),
+            config.pdl,
+            *routing,
+            counts,
+            num_pairs,
+            num_ids,
+            num_experts,
+            num_warps=4,
+            **common,
+        )
+        _launch(
+            kernels.scan_kernel,
+            (bins // 16,),
+            config.pdl,
+            counts,
+            before,
+            totals,
+            num_parts,
+            PARTS=128,
+            BINS=bins,
+            BLOCK=16,
+            num_warps=4,
+        )
+    _launch(
+        kernels.align_kernel,
+        (num_parts if num_parts > 1 else 16,),
+        config.pdl,
+        *routing,
+        before,
+        totals,
+        sorted_pairs,
+        tile_experts,
+        num_tiles,
+        num_pairs,
+        num_ids,
+        num_experts,
+        BLOCK_M=block_m,
+        ONE_PART=num_parts == 1,
+        num_warps=8,
+        **common,
+    )
+    return sorted_pairs, tile_experts, num_tiles
+
+
+def _empty_quantized(
+    rows: int, columns: int, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        like.new_empty((rows, columns), dtype=torch.int8),
+        like.new_empty(rows, dtype=torch.float32),
+    )
+
+
+def _quantize_rows(
+    x: torch.Tensor,
+    static_scale: torch.Tensor | None,
+    xq: torch.Tensor,
+    scale: torch.Tensor,
+    tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    num_rows: int,
+    num_pairs: int,
+    config: Config,
+) -> None:
+    columns = x.shape[1]
+    block_k = triton.next_power_of_2(columns)
+    rows = max(1, 8192 // block_k) if tiles else max(1, 4096 // block_k)
+    sorted_pairs, _, num_tiles = tiles or (None, None, None)
+    _launch(
+        kernels.quantize_rows_kernel,
+        (triton.cdiv(num_rows, rows),),
+        config.pdl,
+        x,
+        static_scale,
+        sorted_pairs,
+        num_tiles,
+        xq,
+        scale,
+        num_rows,
+        num_pairs,
+        columns,
+        BLOCK_M=config.block_m if tiles else 1,
+        ROWS=rows,
+        BLOCK_K=block_k,
+        TILES=tiles is not None,
+        STATIC=static_scale is not None,
+        num_warps=8,
+    )
+
+
+def _launch_product(
+    kernel: Any,
+    product: Product,
+    programs: int,
+    pdl: bool,
+    *args: Any,
+    **constants: Any,
+) -> None:
+    _launch(
+        kernel,
+        (programs,),
+        pdl,
+        *args,
+        BLOCK_K=product.block_k,
+        SWAP=product.swap,
+        TMA_W=product.tma_w,
+        num_warps=product.num_warps,
+        num_stages=product.num_stages,
+        **constants,
+    )
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], pdl: bool, *args: Any, **options: Any
+) -> None:
+    if pdl:
+        options["launch_pdl"] = True
+    kernel[grid](*args, PDL=pdl, **options)
+
+
+def _boxes(matrix: torch.Tensor, block_rows: int, block_k: int) -> Any:
+    """A tensor map of a matrix, in boxes of block_rows by block_k."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    rows, k = matrix.shape
+    return TensorDescriptor(matrix, [rows, k], [k, 1], [block_rows, block_k])
+
+
+def _paired_boxes(w13: torch.Tensor, product: Product) -> Any:
+    """A tensor map of w13 in boxes that hold a gate row, its up row, the next gate row.
+
+    Row r, whatever its expert, has the row N further down beside it.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    num_experts, rows, k = w13.shape
+    n = rows // 2
+    shape = [num_experts * rows - n, 2, k]
+    block = [product.block_w // 2, 2, product.block_k]
+    return TensorDescriptor(w13, shape, [k, n * k, 1], block)
+
+
+def _num_sms(x: torch.Tensor) -> int:
+    if not x.is_cuda:
+        return 1
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def _int8_fused_experts_fake(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(hidden_states)
+
+
+direct_register_custom_op(
+    op_name="int8_fused_experts",
+    op_func=_int8_fused_experts,
+    fake_impl=_int8_fused_experts_fake,
+)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles of the INT8 fused MoE: a table of choices by device and shape.
+
+The choices for Hopper were measured on an H100, those for other devices follow from
+their limits and were compiled but not run: docs/int8-moe.md.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Architecture = Literal["hopper", "cuda", "rocm"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """How one of the two grouped products is tiled, beside the layer's block_m.
+
+    A tile holds block_w rows of the weight, of which w13 needs two for a column of the
+    intermediate, and block_k numbers of each at a time.
+    """
+
+    block_w: int
+    block_k: int = 128
+    num_warps: int = 4
+    num_stages: int = 3
+    swap: bool = False  # weights fill the tensor core's rows, pairs its columns
+    tma_w: bool = False  # read weights through tensor maps
+    tma_a: bool = False  # read pairs through tensor maps; w2 alone
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tiles of a layer: block_m pairs of one expert, in both products alike."""
+
+    block_m: int
+    w13: Product
+    w2: Product
+    pdl: bool = False  # launch each kernel while the one before ends
+
+
+@dataclass(frozen=True)
+class FewConfig:
+    """The path for a few tokens.
+
+    A program multiplies block_n columns by whole rows at a time; `programs` of them on
+    a multiprocessor take turns, as many as there are columns where that is 0.
+    """
+
+    w13_block_n: int
+    w13_num_warps: int
+    w13_stages: int
+    w13_programs: int
+    w2_block_n: int
+    w2_num_warps: int = 4
+    w2_stages: int = 2
+    w2_programs: int = 2
+    pdl: bool = False
+
+
+def _same(block_m: int, product: Product) -> Config:
+    return Config(block_m, product, product)
+
+
+# The most pairs for each expert, on average, and the tiles up to there. Up to 80 the
+# weights are the traffic: a tile is thin, so that one holds all of an expert's pairs
+# and weights are read once, and the weights fill the tensor core's 64 rows. Beyond, a
+# tile is as large as the accumulators in registers allow.
+_HOPPER = (
+    (
+        8,
+        Config(
+            16,
+            Product(64, 256, 4, 4, swap=True, tma_w=True),
+            Product(128, 256, 4, 3, swap=True, tma_w=True),
+            pdl=True,
+        ),
+    ),
+    (
+        16,
+        Config(
+            32,
+            Product(64, 256, 4, 4, swap=True, tma_w=True),
+            Product(64, 256, 4, 4, swap=True, tma_w=True, tma_a=True),
+        ),
+    ),
+    (
+        80,
+        Config(
+            64,
+            Product(64, 256, 4, 3, swap=True, tma_w=True),
+            Product(128, 128, 4, 3, tma_w=True, tma_a=True),
+        ),
+    ),
+    (
+        512,
+        Config(
+            128,
+            Product(128, 128, 4, 3),
+            Product(128, 128, 4, 3, tma_w=True, tma_a=True),
+        ),
+    ),
+    (
+        float("inf"),
+        Config(
+            128,
+            Product(256, 128, 8, 3, tma_w=True),
+            Product(128, 128, 4, 3, tma_w=True, tma_a=True),
+        ),
+    ),
+)
+# 99 KiB of shared memory (compute capability 8.6 and 8.9) must hold num_stages tiles.
+_CUDA = (
+    (8, _same(16, Product(64, 128, 4, 4, swap=True))),
+    (80, _same(64, Product(128, 64, 4, 4))),
+    (float("inf"), _same(128, Product(128, 64, 8, 4))),
+)
+# 64 KiB of LDS hold one tile, the next waits in registers. 256 lanes a workgroup leave
+# room for two to three workgroups on a compute unit with thin tiles; the largest tile
+# fills it with eight waves, two on each SIMD.
+_ROCM = (
+    (8, _same(16, Product(128, 128, 4, 2))),
+    (80, _same(64, Product(128, 128, 4, 2))),
+    (float("inf"), _same(128, Product(256, 128, 8, 2))),
+)
+_TABLES = {"hopper": _HOPPER, "cuda": _CUDA, "rocm": _ROCM}
+
+# With more tokens the path for a few reads too much twice: every pair reads its expert.
+_FEW_TOKENS = 8
+# Words of four int8 that a program of it multiplies at a time; they lie in registers.
+_FEW_WORDS = 16384
+
+
+@functools.cache
+def get_architecture() -> Architecture:
+    if torch.version.hip:
+        return "rocm"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+        return "hopper"
+    return "cuda"
+
+
+def choose_config(architecture: Architecture, num_pairs: int, num_ids: int) -> Config:
+    """The tiles for num_pairs pairs spread over num_ids experts, of all ranks."""
+    per_expert = num_pairs / num_ids
+    return next(c for most, c in _TABLES[architecture] if per_expert <= most)
+
+
+def choose_few_config(
+    architecture: Architecture,
+    num_tokens: int,
+    topk: int,
+    num_ids: int,
+    intermediate_size: int,
+    hidden_size: int,
+) -> FewConfig | None:
+    """How to take the path for a few tokens, None to take the other one."""
+    w13_words = _next_power_of_2(hidden_size // 4)
+    w2_words = _next_power_of_2(intermediate_size // 4) * _next_power_of_2(topk)
+    if (
+        num_tokens > _FEW_TOKENS
+        or num_tokens * topk * 2 > num_ids
+        or w13_words > 4096
+        or w2_words > _FEW_WORDS
+    ):
+        return None
+    w2_block_n = min(_FEW_WORDS // w2_words, 16)
+    if architecture == "hopper":
+        if num_tokens <= 2:
+            return FewConfig(min(4096 // w13_words, 16), 4, 1, 0, w2_block_n, pdl=True)
+        return FewConfig(
+            max(1, min(8192 // w13_words, 16)), 8, 3, 1, w2_block_n, pdl=True
+        )
+    return FewConfig(
+        min(4096 // w13_words, 16), 4, 1, 0, w2_block_n, 8, w2_stages=1, w2_programs=0
+    )
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
