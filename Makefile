@@ -82,7 +82,8 @@ lint: $(LINT_READY) ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(FORK_READY) ## measure the INT8 fused MoE here
-	$(BIN)/python benchmarks/kernels/benchmark_cpu_int8_moe.py
+	$(BIN)/python benchmarks/kernels/$(if $(filter \
+	    cpu,$(VLLM_TARGET_DEVICE)),benchmark_cpu_int8_moe.py,benchmark_int8_moe.py --sweep)
 
 bench-load: $(FORK_READY) ## measure memory and time of loading a 2 GB export
 	$(BIN)/python benchmarks/benchmark_load_int8.py
