@@ -17,7 +17,7 @@ LINT_READY := .venv/.lint
 FORK_READY := .venv/.fork-$(TARGET)
 WHEEL := build/wheel-$(TARGET)
 WHEEL_SOURCES := setup.py UPSTREAM.toml $(wildcard tools/*.py) \
-    $(shell find patches vllm -type f -not -path '*/__pycache__/*')
+    $(shell find patches vllm -type f -not -path '*/__pycache__/*' -not -name '*=*')
 # A ROCm image brings torch, triton and AITER of its own; the environment must see them.
 VENV_FLAGS := $(if $(filter rocm,$(VLLM_TARGET_DEVICE)),--system-site-packages)
 

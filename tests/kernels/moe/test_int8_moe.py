@@ -14,10 +14,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.fused_moe import int8_moe
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
@@ -28,6 +30,10 @@ from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
     Product,
     choose_config,
     choose_few_config,
+)
+from vllm.model_executor.layers.quantization.quark import quark_moe
+from vllm.model_executor.layers.quantization.quark.quark_moe import (
+    QuarkW8A8Int8MoEMethod,
 )
 
 GPU = torch.cuda.is_available()
@@ -398,3 +404,29 @@ def test_real_shapes_and_graph(num_tokens: int, dtype: torch.dtype) -> None:
     out.fill_(torch.nan)
     graph.replay()
     check(out, reference(layer, case))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_quark_method_uses_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs, unless the user asks for upstream's kernel."""
+    case = Case(num_tokens=2)
+    made = make(case)
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True)
+    monkeypatch.setattr(quark_moe, "current_platform", platform)
+    monkeypatch.setattr(fused_moe, "fused_experts", lambda *_, **__: "upstream's")
+    method = QuarkW8A8Int8MoEMethod.__new__(QuarkW8A8Int8MoEMethod)
+    method.moe = SimpleNamespace(moe_backend=backend, disable_inplace=True)
+    method.moe_quant_config = made.quant_config
+    layer = SimpleNamespace(
+        w13_weight=made.w13,
+        w2_weight=made.w2,
+        activation=SILU,
+        apply_router_weight_on_input=False,
+        expert_map=None,
+        global_num_experts=case.num_experts,
+    )
+    out = method.apply(layer, made.x, made.topk_weights, made.topk_ids, None)
+    if backend == "triton":
+        assert out == "upstream's"
+    else:
+        check(out, reference(made, case))
