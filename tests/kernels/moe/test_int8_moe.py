@@ -406,12 +406,31 @@ def test_real_shapes_and_graph(num_tokens: int, dtype: torch.dtype) -> None:
     check(out, reference(layer, case))
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_quark_method_uses_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs, unless the user asks for upstream's kernel."""
+@pytest.mark.parametrize(
+    "backend, is_cuda, capability, is_used",
+    [
+        ("auto", True, 90, True),
+        ("triton", True, 90, False),
+        ("auto", True, 80, False),
+        ("auto", True, 100, False),
+        ("auto", False, 90, False),  # gfx90a
+    ],
+)
+def test_quark_method_uses_it(
+    backend: str,
+    is_cuda: bool,
+    capability: int,
+    is_used: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On Hopper, unless the user asks for upstream's kernel."""
     case = Case(num_tokens=2)
     made = make(case)
-    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True)
+    platform = SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: is_cuda,
+        is_device_capability=lambda asked: asked == capability,
+    )
     monkeypatch.setattr(quark_moe, "current_platform", platform)
     monkeypatch.setattr(fused_moe, "fused_experts", lambda *_, **__: "upstream's")
     method = QuarkW8A8Int8MoEMethod.__new__(QuarkW8A8Int8MoEMethod)
@@ -426,7 +445,7 @@ def test_quark_method_uses_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> 
         global_num_experts=case.num_experts,
     )
     out = method.apply(layer, made.x, made.topk_weights, made.topk_ids, None)
-    if backend == "triton":
-        assert out == "upstream's"
-    else:
+    if is_used:
         check(out, reference(made, case))
+    else:
+        assert out == "upstream's"

@@ -62,6 +62,7 @@ _COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cac
 # scales of the key/value cache.
 _OPTIONAL = re.compile(r"(zero_point|\.(q|k|v|prob)_scale)$")
 _LAYER = re.compile(r"\.layers\.\d+\.")
+_CHECKED_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _WRITES = {
     torch.ops.aten.copy_.default,
     torch.ops.aten.fill_.Scalar,
@@ -278,7 +279,7 @@ def _checkpoint_names(model: nn.Module) -> Iterable[str]:
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point() or not tensor.numel():
+    if tensor.dtype not in _CHECKED_FLOATS or not tensor.numel():
         return
     # One pass: NaN is both the least and the greatest of numbers that hold it.
     least, greatest = tensor.aminmax()
