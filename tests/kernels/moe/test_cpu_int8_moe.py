@@ -396,7 +396,7 @@ def test_other_activations_are_refused(rng):
 def apply_quark_method(experts: Experts, batch: Batch, options: Options) -> Tensor:
     method = QuarkW8A8Int8MoEMethod.__new__(QuarkW8A8Int8MoEMethod)
     method.moe_quant_config = experts.quant_config
-    method.moe = SimpleNamespace(disable_inplace=True)
+    method.moe = SimpleNamespace(disable_inplace=True, moe_backend="auto")
     layer = SimpleNamespace(
         w13_weight=experts.w13,
         w2_weight=experts.w2,
@@ -424,7 +424,7 @@ def test_quark_method_passes_every_option(rng):
 
 def test_other_platforms_keep_upstreams_experts(rng, monkeypatch):
     calls = []
-    gpu = SimpleNamespace(is_cpu=lambda: False)
+    gpu = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False)
     monkeypatch.setattr(quark_moe, "current_platform", gpu)
     monkeypatch.setattr(fused_moe, "fused_experts", lambda **kw: calls.append(kw))
     monkeypatch.setattr(cpu_int8_moe, "cpu_int8_fused_experts", pytest.fail)
