@@ -65,8 +65,9 @@ class TensorInfo:
         return f"{self.dtype} {list(self.shape)} in {self.file.name}"
 
 
-def _error(file: Path, expected: str, found: str, remedy: str) -> CheckpointError:
-    return CheckpointError(f"{file}: expected {expected}, found {found}; {remedy}")
+def misfit(what: object, expected: str, found: str, remedy: str) -> CheckpointError:
+    """The error for a file, a tensor or a parameter that is not what it should be."""
+    return CheckpointError(f"{what}: expected {expected}, found {found}; {remedy}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -82,10 +83,10 @@ def _parse_json(file: Path, text: bytes, what: str) -> dict[str, Any]:
     try:
         parsed = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise _error(file, f"{what} in JSON", str(error), DOWNLOAD_AGAIN) from None
+        raise misfit(file, f"{what} in JSON", str(error), DOWNLOAD_AGAIN) from None
     if not isinstance(parsed, dict):
         found = type(parsed).__name__
-        raise _error(file, f"{what} as a JSON object", found, DOWNLOAD_AGAIN)
+        raise misfit(file, f"{what} as a JSON object", found, DOWNLOAD_AGAIN)
     return parsed
 
 
@@ -103,25 +104,25 @@ def _read_entry(
     """One tensor's entry; its offsets count from `data`, the file ends at `size`."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         expected = f"dtype, shape and data_offsets of {name!r}"
-        raise _error(file, expected, f"{entry!r:.200}", DOWNLOAD_AGAIN)
+        raise misfit(file, expected, f"{entry!r:.200}", DOWNLOAD_AGAIN)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _error(
+        raise misfit(
             file, f"a dtype of safetensors for {name!r}", repr(dtype), DOWNLOAD_AGAIN
         )
     if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
         expected = f"shape and data_offsets of {name!r} in whole numbers"
-        raise _error(
+        raise misfit(
             file, expected, f"{shape!r:.100}, {offsets!r:.100}", DOWNLOAD_AGAIN
         )
     start, end = offsets
     bits = prod(shape) * DTYPE_BITS[dtype]
     if end < start or bits % 8 or end - start != bits // 8:
         expected = f"{bits / 8:g} bytes for {name!r}, {dtype} {shape}"
-        raise _error(file, expected, f"data_offsets {offsets}", DOWNLOAD_AGAIN)
+        raise misfit(file, expected, f"data_offsets {offsets}", DOWNLOAD_AGAIN)
     if data + end > size:
         expected = f"{data + end} bytes or more, where {name!r} ends"
-        raise _error(file, expected, f"{size} bytes: it is cut off", DOWNLOAD_AGAIN)
+        raise misfit(file, expected, f"{size} bytes: it is cut off", DOWNLOAD_AGAIN)
     return TensorInfo(name, dtype, tuple(shape), file, data + start, data + end)
 
 
@@ -136,16 +137,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     f"{size} bytes, a header of {length}" if size >= 8 else f"{size}"
                 )
                 expected = "a safetensors file: 8 bytes and its whole header"
-                raise _error(file, expected, found, DOWNLOAD_AGAIN)
+                raise misfit(file, expected, found, DOWNLOAD_AGAIN)
             header = _parse_json(file, stream.read(length), "the header")
     except OSError as error:
-        raise _error(file, "a readable file", str(error), DOWNLOAD_AGAIN) from None
+        raise misfit(file, "a readable file", str(error), DOWNLOAD_AGAIN) from None
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
         expected = "__metadata__ of texts in the header"
-        raise _error(file, expected, f"{metadata!r:.100}", DOWNLOAD_AGAIN)
+        raise misfit(file, expected, f"{metadata!r:.100}", DOWNLOAD_AGAIN)
     data = 8 + length
     tensors = {
         name: _read_entry(file, name, entry, data, size)
@@ -155,10 +156,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     for tensor in sorted(tensors.values(), key=lambda each: (each.start, each.end)):
         if tensor.start != position:
             expected = f"{tensor.name!r} at {position}, after {before}"
-            raise _error(file, expected, f"{tensor.start}", DOWNLOAD_AGAIN)
+            raise misfit(file, expected, f"{tensor.start}", DOWNLOAD_AGAIN)
         position, before = tensor.end, repr(tensor.name)
     if position != size:
-        raise _error(
+        raise misfit(
             file, f"{position} bytes, after {before}", f"{size}", DOWNLOAD_AGAIN
         )
     return tensors
@@ -169,17 +170,17 @@ def read_index(file: Path) -> dict[str, str]:
     try:
         text = file.read_bytes()
     except OSError as error:
-        raise _error(file, "a readable file", str(error), DOWNLOAD_AGAIN) from None
+        raise misfit(file, "a readable file", str(error), DOWNLOAD_AGAIN) from None
     weight_map = _parse_json(file, text, "the index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise _error(file, "a weight_map", f"{weight_map!r:.100}", DOWNLOAD_AGAIN)
+        raise misfit(file, "a weight_map", f"{weight_map!r:.100}", DOWNLOAD_AGAIN)
     for name, shard in weight_map.items():
         plain = (
             isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
         )
         if not plain or not shard.endswith(".safetensors"):
             expected = f"the name of a safetensors file beside it for {name!r}"
-            raise _error(file, expected, f"{shard!r:.200}", DOWNLOAD_AGAIN)
+            raise misfit(file, expected, f"{shard!r:.200}", DOWNLOAD_AGAIN)
     return weight_map
 
 
@@ -193,7 +194,7 @@ def _check_numbering(folder: Path, files: list[Path]) -> None:
                 name = f"{stem}-{number:05}-of-{count:05}.safetensors"
                 if name not in have:
                     expected = f"{count} shards, since there is {file.name}"
-                    raise _error(folder, expected, f"no {name}", "download it")
+                    raise misfit(folder, expected, f"no {name}", "download it")
             return
 
 
@@ -210,7 +211,7 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
         files = [folder / name for name in sorted(set(weight_map.values()))]
         for file in files:
             if not file.is_file():
-                raise _error(
+                raise misfit(
                     folder, f"{file.name}, which {INDEX} lists", "none", "download it"
                 )
     else:
@@ -222,14 +223,14 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
             if name in tensors:
                 remedy = "delete the file that does not belong to this checkpoint"
                 found = f"it in {tensors[name].file.name} as well"
-                raise _error(file, f"{name!r} once", found, remedy)
+                raise misfit(file, f"{name!r} once", found, remedy)
             tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             there = (
                 f"it in {tensors[name].file.name}" if name in tensors else "it nowhere"
             )
-            raise _error(
+            raise misfit(
                 index, f"{name!r} in {shard}, as it says", there, DOWNLOAD_AGAIN
             )
     return tensors

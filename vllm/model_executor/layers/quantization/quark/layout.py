@@ -15,16 +15,16 @@ from typing import Any
 from vllm.model_executor.layers.quantization.quark.checkpoint import (
     CheckpointError,
     TensorInfo,
+    misfit,
 )
 from vllm.model_executor.layers.quantization.quark.rules import (
     EXPERT_PROJECTIONS,
     Config,
     Entries,
     experts_excluded,
-    experts_override,
-    find_override,
     has_int8,
     is_int8,
+    layer_config,
     matches,
 )
 
@@ -60,9 +60,7 @@ _EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d+)\.")
 def _error(
     tensor: TensorInfo, expected: str, found: str, remedy: str
 ) -> CheckpointError:
-    return CheckpointError(
-        f"{tensor.name} ({tensor}): expected {expected}, found {found}; {remedy}"
-    )
+    return misfit(f"{tensor.name} ({tensor})", expected, found, remedy)
 
 
 def check_config(config: Config) -> None:
@@ -201,16 +199,12 @@ class Layout:
         if prefix is None:
             if self.exclude.match(name):
                 return None
-            override = find_override(name, self.config, self.overrides)
-            return override or self.config.get("global_quant_config")
+            return layer_config(name, None, self.config, self.overrides)
         if prefix not in self._experts:
             count = self.num_experts() or 1
             excluded = experts_excluded(prefix, count, self.config["exclude"])
-            override = (
-                None if excluded else experts_override(prefix, count, self.config)
-            )
             self._experts[prefix] = (
-                None if excluded else override or self.config.get("global_quant_config")
+                None if excluded else layer_config(prefix, count, self.config)
             )
         return self._experts[prefix]
 
@@ -223,9 +217,8 @@ class Layout:
 
         vLLM renames modules, and full names with them, but not what a pattern matches.
         """
-        names: list[str] = []
-        for entry in self.config["exclude"]:
-            names.append(entry)
+        names = list(self.config["exclude"])
+        for entry in self.exclude.patterns:
             names.extend(name for name in self.modules if matches(name, entry))
         return list(dict.fromkeys(names))
 
@@ -242,14 +235,14 @@ class Layout:
     def check(self) -> None:
         """Raise CheckpointError, or ValueError for the config, for the first misfit."""
         self._check_exclude()
-        int8_names = {
+        linear = PROJECTIONS | {
             name.rpartition(".")[2]
             for name, module in self.modules.items()
             if WEIGHT in module and module[WEIGHT].dtype == "I8"
         }
         for name, module in self.modules.items():
             if self.is_loaded(name):
-                self._check_module(name, module, PROJECTIONS | int8_names)
+                self._check_module(name, module, linear)
         self._check_experts()
 
     def _check_exclude(self) -> None:
@@ -263,7 +256,10 @@ class Layout:
         prefixes = {self.experts_prefix(*item) for item in self.modules.items()}
         known = names | stacked | {prefix for prefix in prefixes if prefix}
         for entry in self.config["exclude"]:
-            if entry in known or any(matches(name, entry) for name in known):
+            if entry in known:
+                continue
+            is_pattern = entry in self.exclude.patterns
+            if is_pattern and any(matches(name, entry) for name in known):
                 continue
             tied = entry == "lm_head" and first_value(self.model, "tie_word_embeddings")
             if tied or not self.is_loaded(entry):
@@ -378,8 +374,8 @@ class Layout:
         experts: dict[str, dict[int, TensorInfo]] = defaultdict(dict)
         for name, module, _ in self.int8_modules():
             weight = module[WEIGHT]
-            if found := expert_of(name + "."):
-                experts[found[0]][found[1]] = weight
+            if expert := expert_of(name + "."):
+                experts[expert[0]][expert[1]] = weight
             elif len(weight.shape) == 3 and weight.shape[0] != expected:
                 shape = f"{expected} experts, as config.json has it"
                 raise _error(weight, shape, str(weight.shape[0]), EXPORT_AGAIN)
@@ -387,7 +383,6 @@ class Layout:
             if differing := set(weights) ^ set(range(expected)):
                 wrong = min(differing)
                 how = "one too many" if wrong in weights else "missing"
-                raise CheckpointError(
-                    f"{prefix}: expected experts 0 to {expected - 1}, as config.json "
-                    f"has it, found {len(weights)}: {wrong} is {how}; {EXPORT_AGAIN}"
-                )
+                every = f"experts 0 to {expected - 1}, as config.json has it"
+                found = f"{len(weights)}: {wrong} is {how}"
+                raise misfit(prefix, every, found, EXPORT_AGAIN)

@@ -28,10 +28,12 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
     DOWNLOAD_AGAIN,
     CheckpointError,
     TensorInfo,
+    misfit,
     read_checkpoint,
 )
 from vllm.model_executor.layers.quantization.quark.layout import (
     COMPANIONS,
+    EXPORT_AGAIN,
     INPUT_SCALE,
     INPUT_ZERO_POINT,
     SCALE,
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
-EXPORT_AGAIN = "export the checkpoint again"
 # Buffers of rotary embeddings, which vLLM computes.
 _COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 # Parameters that an export need not hold: zero points of symmetric quantization, and
@@ -70,10 +71,6 @@ _WRITES = {
     torch.ops.aten.zero_.default,
     torch.ops.aten.index_put_.default,
 }
-
-
-def _error(what: str, expected: str, found: str, remedy: str) -> CheckpointError:
-    return CheckpointError(f"{what}: expected {expected}, found {found}; {remedy}")
 
 
 # --- before the model is built ----------------------------------------------------
@@ -142,7 +139,7 @@ def _check_scale(tensor: TensorInfo, values: torch.Tensor) -> None:
     if bad.any():
         where = bad.nonzero()[0].tolist()
         value = values[tuple(where)].item()
-        raise _error(
+        raise misfit(
             f"{tensor.name} ({tensor})",
             "scales that are finite and above zero",
             f"{value} at {where}, {int(bad.sum())} of {bad.numel()} such",
@@ -156,7 +153,7 @@ def _refuse_zero_point(
     what = "weights" if suffix == ZERO_POINT else "activations"
     of = "experts" if fused else "linear layers"
     where = values.nonzero()[0].tolist()
-    raise _error(
+    raise misfit(
         f"{tensor.name} ({tensor})",
         f"zero points of 0: INT8 kernels ignore those of {what} of {of}",
         f"{int(values[tuple(where)])} at {where}",
@@ -245,7 +242,7 @@ def check_shapes(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
         dtype = "I8" if _is_int8(model.get_submodule(prefix)) else "floating-point"
         is_dtype = (tensor.dtype == "I8") == (dtype == "I8")
         if not is_dtype or tensor.shape != shape:
-            raise _error(
+            raise misfit(
                 f"{tensor.name} ({tensor.file.name})",
                 f"{dtype} {list(shape)} for {prefix}",
                 f"{tensor.dtype} {list(tensor.shape)}",
@@ -255,7 +252,7 @@ def check_shapes(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
     for name in _checkpoint_names(model):
         if name not in found and _kind(name) in kinds and not _OPTIONAL.search(name):
             remedy = f"{EXPORT_AGAIN}, or download the shard that has it"
-            raise _error(name, "it in every such layer", "no such tensor", remedy)
+            raise misfit(name, "it in every such layer", "no such tensor", remedy)
 
 
 def _kind(name: str) -> str:
@@ -288,7 +285,7 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
     bad = ~tensor.isfinite()
     where = bad.nonzero()[0].tolist()
     found = f"{tensor[tuple(where)].item()} at {where}, {int(bad.sum())} such"
-    raise _error(name, "finite numbers", found, DOWNLOAD_AGAIN)
+    raise misfit(name, "finite numbers", found, DOWNLOAD_AGAIN)
 
 
 def _unwatched(weights: Weights) -> Generator[tuple[str, torch.Tensor], None, None]:
@@ -368,7 +365,7 @@ class _Watch(TorchDispatchMode):
             "correct exclude in config.json, so that it names exactly the modules "
             "that were not quantized, or export again"
         )
-        raise _error(tensor, f"{target.dtype} for {name}", str(source.dtype), remedy)
+        raise misfit(tensor, f"{target.dtype} for {name}", str(source.dtype), remedy)
 
     def watch(
         self, weights: Weights
@@ -415,7 +412,7 @@ def _refuse_int8_without_config(folder: Path) -> None:
         return  # not known to be INT8, so left to the loader
     for name, tensor in tensors.items():
         if tensor.dtype == "I8" and f"{name}_scale" in tensors:
-            raise _error(
+            raise misfit(
                 f"{name} ({tensor})",
                 "a quantization_config in config.json, since it is stored as INT8",
                 "none",
@@ -462,7 +459,7 @@ class _CheckedModel:
         name, tensor = current
         file = f" ({self._tensors[name].file.name})" if name in self._tensors else ""
         why = f"{type(error).__name__}: {error}".rstrip(": ")
-        return _error(
+        return misfit(
             f"{name}{file}",
             f"a tensor that {type(self._model).__name__} can take",
             f"{tensor.dtype} {list(tensor.shape)}: {why}",
@@ -503,7 +500,7 @@ def _check_taken(
         if index is None and not name.endswith(COMPANIONS):
             continue  # outside the decoder, such as a vision tower that is not used
         where = f" ({tensors[name]})" if name in tensors else ""
-        raise _error(
+        raise misfit(
             f"{name}{where}",
             f"a parameter of {type(model).__name__} that takes it",
             "none: it would be left out",
@@ -526,7 +523,7 @@ def _check_filled(model: nn.Module, watch: _Watch, loaded: set[str]) -> None:
         if not whole and (filled or name in loaded):
             continue
         share = f"{filled} of {parameter.numel()} numbers"
-        raise _error(
+        raise misfit(
             f"{name} {list(parameter.shape)}",
             "tensors of the checkpoint that fill it",
             "none"

@@ -157,10 +157,18 @@ def experts_override(prefix: str, num_experts: int, config: Config) -> Config | 
     return whole
 
 
-def layer_config(name: str, num_experts: int | None, config: Config) -> Config:
-    """The config of one linear layer, or of the `num_experts` fused experts `name`."""
+def layer_config(
+    name: str,
+    num_experts: int | None,
+    config: Config,
+    entries: Entries | None = None,
+) -> Config:
+    """The config of one linear layer, or of the `num_experts` fused experts `name`.
+
+    `entries` are as for `find_override`.
+    """
     if num_experts is None:
-        override = find_override(name, config)
+        override = find_override(name, config, entries)
     else:
         override = experts_override(name, num_experts, config)
     return config["global_quant_config"] if override is None else override
