@@ -182,8 +182,9 @@ def load(folder: Path) -> dict[str, float]:
         VllmConfig,
         set_current_vllm_config,
     )
-    from vllm.distributed import parallel_state
     from vllm.model_executor.model_loader import get_model_loader
+
+    from tests.process_groups import start_process_groups
 
     # What the engine's worker has imported before it loads.
     importlib.import_module("vllm.v1.worker.cpu_worker")
@@ -191,15 +192,7 @@ def load(folder: Path) -> dict[str, float]:
     importlib.import_module("torch._dynamo")
 
     with tempfile.TemporaryDirectory() as scratch:
-        with set_current_vllm_config(VllmConfig()):
-            parallel_state.init_distributed_environment(
-                world_size=1,
-                rank=0,
-                distributed_init_method=f"file://{scratch}/store",
-                local_rank=0,
-                backend="gloo",
-            )
-            parallel_state.ensure_model_parallel_initialized(1, 1)
+        start_process_groups(Path(scratch) / "store")
         baseline = peak_mib()
         started, cpu_started = time.perf_counter(), time.process_time()
         vllm_config = VllmConfig(
@@ -296,10 +289,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    sys.path.insert(0, str(ROOT))
     if sys.argv[1:2] == ["--load"]:
         print(json.dumps(load(Path(sys.argv[2]))))
         return
-    sys.path.insert(0, str(ROOT))
     from examples.compare_builds import device_name
     from tools.mutants import install_without
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.process_groups import start_process_groups
+
 # Ask the driver's management library: asking CUDA would break processes forked later.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 HAS_GPU = torch.cuda.is_available()
@@ -65,23 +67,21 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
 @pytest.fixture(scope="session")
 def process_groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """vLLM's process groups, for this process alone."""
-    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
-    from vllm.platforms import current_platform
 
-    meeting_point = tmp_path_factory.mktemp("process_groups") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        parallel_state.init_distributed_environment(
-            world_size=1,
-            rank=0,
-            distributed_init_method=f"file://{meeting_point}",
-            local_rank=0,
-            backend=current_platform.dist_backend,
-        )
-        parallel_state.ensure_model_parallel_initialized(1, 1)
+    start_process_groups(tmp_path_factory.mktemp("process_groups") / "store")
     yield
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For models so small that threads cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from vllm.config import (
     VllmConfig,
     set_current_vllm_config,
 )
-from vllm.distributed import parallel_state
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import (
     initialize_model,
@@ -34,6 +33,7 @@ from tests.fuzz.judge import config_is_valid, judge
 from tests.fuzz.mutations import mutate
 from tests.models import step3p5_micro as micro
 from tests.models.step3p5_micro import Share
+from tests.process_groups import start_process_groups
 from tests.quantization.utils import poison
 
 BYTES = 8 << 30  # of address space that a mutation may claim
@@ -58,18 +58,6 @@ class Outcome:
     mutation: str
     outcome: str
     error: str = ""
-
-
-def start_process_groups(scratch: Path) -> None:
-    with set_current_vllm_config(VllmConfig()):
-        parallel_state.init_distributed_environment(
-            world_size=1,
-            rank=0,
-            distributed_init_method=f"file://{scratch / 'store'}",
-            local_rank=0,
-            backend="gloo",
-        )
-        parallel_state.ensure_model_parallel_initialized(1, 1)
 
 
 def load(folder: Path) -> dict[str, Tensor]:
@@ -177,7 +165,7 @@ def main() -> None:
     torch.set_num_threads(1)
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
-        start_process_groups(scratch)
+        start_process_groups(scratch / "store")
         claimed = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
         resource.setrlimit(resource.RLIMIT_AS, (claimed + BYTES, claimed + BYTES))
         for seed in map(int, sys.stdin.read().split()):

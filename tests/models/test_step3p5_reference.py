@@ -23,6 +23,8 @@ from tests.models.step3p5_reference import Step3p5
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "step3p5-tiny"
 BF16 = FIXTURES / "bf16"
 INT8_EXPORTS = ("int8-3key", "int8-per-expert")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUESTIONS = addition.held_out(200)
 PROMPTS = [addition.encode(addition.question(*pair)) for pair in QUESTIONS]
 # Mean difference of the 20 likeliest tokens' log probabilities that INT8 stays below
@@ -30,17 +32,8 @@ PROMPTS = [addition.encode(addition.question(*pair)) for pair in QUESTIONS]
 INT8_DIFFERENCE = 0.03
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The model is so small that threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def bf16_logprobs() -> Tensor:
+def bf16_logprobs(one_thread: None) -> Tensor:
     return reference.logprobs(reference.load(BF16), PROMPTS)
 
 

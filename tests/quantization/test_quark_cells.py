@@ -19,6 +19,8 @@ from tests.fixtures import addition, qwen2_moe_tiny, relayout
 from tests.fixtures.cells import BASE, CELLS, FIXTURES, MAIN_MODEL, Cell
 from tests.models import step3p5_reference as reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUESTIONS = addition.held_out(200)
 PROMPTS = [addition.encode(addition.question(*pair)) for pair in QUESTIONS]
 BF16 = FIXTURES / MAIN_MODEL / "bf16"
@@ -28,17 +30,8 @@ BY_KEY = {cell.key: cell for cell in CELLS}
 every_cell = pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.key)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def bf16_logprobs() -> Tensor:
+def bf16_logprobs(one_thread: None) -> Tensor:
     return reference.logprobs(reference.load(BF16), PROMPTS)
 
 
