@@ -3,10 +3,12 @@
 
     CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 python compile_int8_moe.py sm_90
 
-Runs the layer on tensors without memory, at Step-3.5-Flash's shape and numbers of
-tokens that reach every choice of tiles, and compiles each launch. Prints a JSON list.
+Runs the layer on tensors without memory, at Step-3.5-Flash's shape, whole and cut to an
+eighth of the width, and numbers of tokens that reach every choice of tiles, and
+compiles each launch. Prints a JSON list.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -32,7 +34,8 @@ TARGETS: dict[str, tuple[GPUTarget, Architecture]] = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), "rocm"),
     "gfx950": (GPUTarget("hip", "gfx950", 64), "rocm"),
 }
-EXPERTS, WIDTH, HIDDEN, TOPK = 36, 1280, 4096, 8
+EXPERTS, HIDDEN, TOPK = 36, 4096, 8
+WIDTHS = (1280, 160)
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 TYPES = {
     torch.int8: "*i8",
@@ -56,20 +59,20 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    for num_tokens in TOKENS:
+    for width, num_tokens in itertools.product(WIDTHS, TOKENS):
         pairs = num_tokens * TOPK
-        few = choose_few_config(architecture, num_tokens, TOPK, EXPERTS, WIDTH, HIDDEN)
+        few = choose_few_config(architecture, num_tokens, TOPK, EXPERTS, width, HIDDEN)
         int8_moe.run_int8_experts(
-            few or choose_config(architecture, pairs, EXPERTS),
+            few or choose_config(architecture, pairs, EXPERTS, width),
             empty(num_tokens, HIDDEN, dtype=torch.bfloat16),
-            empty(EXPERTS, 2 * WIDTH, HIDDEN, dtype=torch.int8),
-            empty(EXPERTS, HIDDEN, WIDTH, dtype=torch.int8),
+            empty(EXPERTS, 2 * width, HIDDEN, dtype=torch.int8),
+            empty(EXPERTS, HIDDEN, width, dtype=torch.int8),
             empty(num_tokens, TOPK),
             empty(num_tokens, TOPK, dtype=torch.int32),
             None,
             False,
             None,
-            empty(EXPERTS, 2 * WIDTH, 1),
+            empty(EXPERTS, 2 * width, 1),
             empty(EXPERTS, HIDDEN, 1),
             None,
             None,

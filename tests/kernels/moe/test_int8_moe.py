@@ -23,7 +23,7 @@ from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.fused_moe import int8_moe
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
-from vllm.model_executor.layers.fused_moe.int8_moe import align, int8_fused_experts
+from vllm.model_executor.layers.fused_moe.int8_moe import int8_fused_experts, prepare
 from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
     Config,
     FewConfig,
@@ -53,6 +53,11 @@ BOXES = Config(
     Product(64, 32, num_stages=2, tma_w=True),
     Product(32, 32, num_stages=2, tma_w=True, tma_a=True),
 )
+# Experts so narrow that one step multiplies them.
+NARROW = Config(
+    16, Product(32, 32, swap=True), Product(32, 256, swap=True, tma_w=True, blocks=2)
+)
+NARROW_WIDE = Config(32, Product(64, 32), Product(32, 256, blocks=2))
 FEW = FewConfig(8, 4, 1, 0, 4, 4, 1, 0)
 # Programs that take turns, with loads ahead of use.
 FEW_TURNS = FewConfig(4, 4, 3, 2, 2, 4, 2, 2)
@@ -60,6 +65,8 @@ CONFIGS: dict[str, Config | FewConfig] = {
     "thin": THIN,
     "wide": WIDE,
     "boxes": BOXES,
+    "narrow": NARROW,
+    "narrow-wide": NARROW_WIDE,
     "few": FEW,
     "few-turns": FEW_TURNS,
 }
@@ -256,7 +263,11 @@ CASES = {
 @pytest.mark.parametrize(
     ("name", "config"),
     [(name, config) for name in CASES for config in ("thin", "few")]
-    + [(n, c) for n in ("dynamic", "odd") for c in ("wide", "boxes", "few-turns")],
+    + [
+        (n, c)
+        for n in ("dynamic", "odd")
+        for c in ("wide", "boxes", "narrow", "narrow-wide", "few-turns")
+    ],
 )
 def test_matches_float64(
     name: str, config: str, monkeypatch: pytest.MonkeyPatch
@@ -319,8 +330,8 @@ def test_align(num_tokens: int, present: tuple[int, ...] | None) -> None:
     layer = make(case)
     num_experts = len(present) if present else 7
     num_pairs = layer.topk_ids.numel()
-    sorted_pairs, tile_experts, num_tiles = align(
-        layer.topk_ids, layer.expert_map, num_experts, THIN
+    (sorted_pairs, tile_experts, num_tiles), _, _ = prepare(
+        layer.x, None, layer.topk_ids, layer.expert_map, num_experts, THIN
     )
     experts = layer.topk_ids.flatten().long()
     if layer.expert_map is not None:
@@ -379,7 +390,10 @@ def test_traces_under_compile() -> None:
 def test_table_covers_every_shape() -> None:
     for pairs in (1, 128, 4096, 65536 * 32):
         for experts in (1, 8, 288, 512):
-            assert choose_config("hopper", pairs, experts).block_m in (16, 32, 64, 128)
+            for width in (160, 1280):
+                config = choose_config("hopper", pairs, experts, width)
+                assert config.block_m in (16, 32, 64, 128)
+                assert not config.w2.blocks or width <= config.w2.block_k
     assert choose_few_config("hopper", 8, 8, 288, 1280, 4096) is not None
     assert choose_few_config("hopper", 9, 8, 288, 1280, 4096) is None
     assert choose_few_config("hopper", 8, 8, 36, 1280, 4096) is None

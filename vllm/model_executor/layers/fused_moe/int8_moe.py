@@ -23,8 +23,10 @@ SWIGLUSTEP_LIMIT = 7.0
 ACTIVATIONS = (MoEActivation.SILU, MoEActivation.SWIGLUSTEP)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Pairs that one program of the sorting kernels places.
+# Pairs that one program of the sorting kernels places, and up to how many pairs each
+# program looks at all of them.
 _PART = 256
+_MOST_PAIRS = 4096
 
 
 def int8_fused_experts(
@@ -158,7 +160,7 @@ def _int8_fused_experts(
     architecture = get_architecture()
     config = choose_few_config(
         architecture, num_tokens, topk, num_ids, w2.shape[2], w2.shape[1]
-    ) or choose_config(architecture, num_tokens * topk, num_ids)
+    ) or choose_config(architecture, num_tokens * topk, num_ids, w2.shape[2])
     swiglustep = activation == MoEActivation.SWIGLUSTEP.value
     return run_int8_experts(
         config,
@@ -248,6 +250,7 @@ def run_int8_experts(
             BLOCK_N=config.w13_block_n,
             BLOCK_K=triton.next_power_of_2(hidden_size // 4),
             STATIC_X=a13_scale is not None,
+            TURNS=programs * config.w13_block_n < width,
             STAGES=config.w13_stages,
             num_warps=config.w13_num_warps,
             **first,
@@ -285,27 +288,22 @@ def run_int8_experts(
         return out
 
     num_pairs = num_tokens * topk
-    block_m = config.block_m
-    # An upper bound; only the device knows how many there are.
-    max_tiles = min(num_pairs, num_pairs // block_m + min(num_experts, num_pairs))
-    max_rows = max_tiles * block_m
-    pdl = config.pdl
-
-    xq, x_scale = _empty_quantized(num_tokens, hidden_size, x)
-    _quantize_rows(x, a13_scale, xq, x_scale, None, num_tokens, num_pairs, config)
-
-    tiles = align(topk_ids, expert_map, num_experts, config)
+    block_m, pdl = config.block_m, config.pdl
+    tiles, xq, x_scale = prepare(
+        x, a13_scale, topk_ids, expert_map, num_experts, config
+    )
     sorted_pairs, tile_experts, num_tiles = tiles
-
-    h = x.new_empty((max_rows, width))
+    max_tiles = tile_experts.numel()
+    h = x.new_empty((max_tiles * block_m, width))
+    p = config.w13
     _launch_product(
         kernels.w13_kernel,
-        config.w13,
-        max_tiles * triton.cdiv(2 * width, config.w13.block_w),
+        p,
+        max_tiles * triton.cdiv(2 * width, p.block_w),
         pdl,
         xq,
         x_scale,
-        _paired_boxes(w13, config.w13) if config.w13.tma_w else w13,
+        _paired_boxes(w13, p) if p.tma_w else w13,
         w13_scale,
         w13_bias,
         topk_weights,
@@ -316,21 +314,35 @@ def run_int8_experts(
         hidden_size,
         topk,
         BLOCK_M=block_m,
-        BLOCK_N=config.w13.block_w // 2,
-        EVEN_K=hidden_size % config.w13.block_k == 0,
+        BLOCK_N=p.block_w // 2,
+        EVEN_K=hidden_size % p.block_k == 0,
         **first,
     )
-    hq, h_scale = _empty_quantized(max_rows, width, x)
-    _quantize_rows(h, a2_scale, hq, h_scale, tiles, max_rows, num_pairs, config)
+    hq, h_scale = _empty_quantized(max_tiles * block_m, width, x)
+    block_k = triton.next_power_of_2(width)
+    rows = max(1, 8192 // block_k)
+    _launch(
+        kernels.quantize_pairs_kernel,
+        (triton.cdiv(max_tiles * block_m, rows),),
+        pdl,
+        h,
+        a2_scale,
+        sorted_pairs,
+        num_tiles,
+        hq,
+        h_scale,
+        num_pairs,
+        width,
+        BLOCK_M=block_m,
+        ROWS=rows,
+        BLOCK_K=block_k,
+        STATIC=a2_scale is not None,
+        num_warps=8,
+    )
 
     y = x.new_empty((num_pairs, hidden_size))
     p = config.w2
-    _launch_product(
-        kernels.w2_kernel,
-        p,
-        max_tiles * triton.cdiv(hidden_size, p.block_w),
-        pdl,
-        _boxes(hq, block_m, p.block_k) if p.tma_a else hq,
+    w2_args = (
         h_scale,
         _boxes(w2.view(-1, width), p.block_w, p.block_k) if p.tma_w else w2,
         w2_scale,
@@ -341,12 +353,38 @@ def run_int8_experts(
         num_pairs,
         hidden_size,
         width,
-        BLOCK_M=block_m,
-        BLOCK_N=p.block_w,
-        EVEN_K=width % p.block_k == 0,
-        TMA_A=p.tma_a,
-        **second,
     )
+    if p.blocks:
+        _launch(
+            kernels.w2_narrow_kernel,
+            (max_tiles * triton.cdiv(hidden_size, p.block_w * p.blocks),),
+            pdl,
+            hq,
+            *w2_args,
+            BLOCK_M=block_m,
+            BLOCK_N=p.block_w,
+            BLOCK_K=p.block_k,
+            BLOCKS=p.blocks,
+            SWAP=p.swap,
+            TMA_W=p.tma_w,
+            STAGES=p.num_stages,
+            num_warps=p.num_warps,
+            **second,
+        )
+    else:
+        _launch_product(
+            kernels.w2_kernel,
+            p,
+            max_tiles * triton.cdiv(hidden_size, p.block_w),
+            pdl,
+            _boxes(hq, block_m, p.block_k) if p.tma_a else hq,
+            *w2_args,
+            BLOCK_M=block_m,
+            BLOCK_N=p.block_w,
+            EVEN_K=width % p.block_k == 0,
+            TMA_A=p.tma_a,
+            **second,
+        )
     block_k = min(triton.next_power_of_2(hidden_size), 1024)
     _launch(
         kernels.sum_topk_kernel,
@@ -365,79 +403,116 @@ def run_int8_experts(
     return out
 
 
-def align(
+Tiles = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def prepare(
+    x: torch.Tensor,
+    static_scale: torch.Tensor | None,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
     num_experts: int,
     config: Config,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort pairs into tiles of one expert each.
+) -> tuple[Tiles, torch.Tensor, torch.Tensor]:
+    """Quantize tokens and sort pairs into tiles of one expert each.
 
     Returns:
         The pairs of each tile, [max_tiles * block_m] int32, padded with their number;
         each tile's expert, [max_tiles] int32; the number of tiles, [1] int32. The
-        contents beyond that number are undefined.
+        contents beyond that number are undefined. Then x as int8 and its scales,
+        [M] float32.
     """
+    num_tokens, columns = x.shape
     num_pairs = topk_ids.numel()
     num_ids = num_experts if expert_map is None else expert_map.numel()
     block_m = config.block_m
+    # An upper bound; only the device knows how many there are.
     max_tiles = min(num_pairs, num_pairs // block_m + min(num_experts, num_pairs))
-    num_parts = triton.cdiv(num_pairs, _PART)
-    bins = max(triton.next_power_of_2(num_experts + 1), 128)
 
     def empty(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int32, device=topk_ids.device)
+        return torch.empty(size, dtype=torch.int32, device=x.device)
 
-    sorted_pairs, tile_experts = empty(max_tiles * block_m), empty(max_tiles)
-    num_tiles = empty(1)
-    counts, before, totals = empty(num_parts, bins), empty(num_parts, bins), empty(bins)
-    common = dict(HAS_EXPERT_MAP=expert_map is not None, PART=_PART, BINS=bins)
+    tiles = empty(max_tiles * block_m), empty(max_tiles), empty(1)
+    xq, scale = _empty_quantized(num_tokens, columns, x)
+    bins = max(triton.next_power_of_2(num_experts + 1), 128)
+    block_k = triton.next_power_of_2(columns)
+    rows = max(1, 4096 // block_k)
+    programs = triton.cdiv(num_tokens, rows)
+    has_aligners = num_pairs <= _MOST_PAIRS
     routing = (topk_ids, expert_map)
-    if num_parts > 1:
-        _launch(
-            kernels.count_kernel,
-            (num_parts,),
-            config.pdl,
-            *routing,
-            counts,
-            num_pairs,
-            num_ids,
-            num_experts,
-            num_warps=4,
-            **common,
-        )
-        _launch(
-            kernels.scan_kernel,
-            (bins // 16,),
-            config.pdl,
-            counts,
-            before,
-            totals,
-            num_parts,
-            PARTS=128,
-            BINS=bins,
-            BLOCK=16,
-            num_warps=4,
-        )
+    has_map = expert_map is not None
+    _launch(
+        kernels.prepare_kernel,
+        (programs + (num_experts if has_aligners else 0),),
+        config.pdl,
+        x,
+        static_scale,
+        xq,
+        scale,
+        *routing,
+        *tiles,
+        num_tokens,
+        columns,
+        num_pairs,
+        num_ids,
+        num_experts,
+        ALIGNERS=has_aligners,
+        HAS_EXPERT_MAP=has_map,
+        BLOCK_M=block_m,
+        PAIRS=max(triton.next_power_of_2(num_pairs), 128) if has_aligners else 0,
+        BINS=bins,
+        ROWS=rows,
+        BLOCK_K=block_k,
+        STATIC=static_scale is not None,
+        num_warps=8,
+    )
+    if has_aligners:
+        return tiles, xq, scale
+
+    num_parts = triton.cdiv(num_pairs, _PART)
+    counts, before, totals = empty(num_parts, bins), empty(num_parts, bins), empty(bins)
+    common: dict[str, Any] = dict(HAS_EXPERT_MAP=has_map, PART=_PART, BINS=bins)
+    _launch(
+        kernels.count_kernel,
+        (num_parts,),
+        config.pdl,
+        *routing,
+        counts,
+        num_pairs,
+        num_ids,
+        num_experts,
+        num_warps=4,
+        **common,
+    )
+    _launch(
+        kernels.scan_kernel,
+        (bins // 16,),
+        config.pdl,
+        counts,
+        before,
+        totals,
+        num_parts,
+        PARTS=128,
+        BINS=bins,
+        BLOCK=16,
+        num_warps=4,
+    )
     _launch(
         kernels.align_kernel,
-        (num_parts if num_parts > 1 else 16,),
+        (num_parts,),
         config.pdl,
         *routing,
         before,
         totals,
-        sorted_pairs,
-        tile_experts,
-        num_tiles,
+        *tiles,
         num_pairs,
         num_ids,
         num_experts,
         BLOCK_M=block_m,
-        ONE_PART=num_parts == 1,
         num_warps=8,
         **common,
     )
-    return sorted_pairs, tile_experts, num_tiles
+    return tiles, xq, scale
 
 
 def _empty_quantized(
@@ -446,42 +521,6 @@ def _empty_quantized(
     return (
         like.new_empty((rows, columns), dtype=torch.int8),
         like.new_empty(rows, dtype=torch.float32),
-    )
-
-
-def _quantize_rows(
-    x: torch.Tensor,
-    static_scale: torch.Tensor | None,
-    xq: torch.Tensor,
-    scale: torch.Tensor,
-    tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    num_rows: int,
-    num_pairs: int,
-    config: Config,
-) -> None:
-    columns = x.shape[1]
-    block_k = triton.next_power_of_2(columns)
-    rows = max(1, 8192 // block_k) if tiles else max(1, 4096 // block_k)
-    sorted_pairs, _, num_tiles = tiles or (None, None, None)
-    _launch(
-        kernels.quantize_rows_kernel,
-        (triton.cdiv(num_rows, rows),),
-        config.pdl,
-        x,
-        static_scale,
-        sorted_pairs,
-        num_tiles,
-        xq,
-        scale,
-        num_rows,
-        num_pairs,
-        columns,
-        BLOCK_M=config.block_m if tiles else 1,
-        ROWS=rows,
-        BLOCK_K=block_k,
-        TILES=tiles is not None,
-        STATIC=static_scale is not None,
-        num_warps=8,
     )
 
 

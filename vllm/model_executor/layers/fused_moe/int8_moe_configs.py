@@ -6,7 +6,7 @@ their limits and were compiled but not run: docs/int8-moe.md.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,6 +29,9 @@ class Product:
     swap: bool = False  # weights fill the tensor core's rows, pairs its columns
     tma_w: bool = False  # read weights through tensor maps
     tma_a: bool = False  # read pairs through tensor maps; w2 alone
+    # Blocks of block_w rows that a program takes in turn, in place of steps over K; w2
+    # alone, of experts no wider than block_k. 0: steps over K.
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,48 +71,32 @@ def _same(block_m: int, product: Product) -> Config:
 # weights are the traffic: a tile is thin, so that one holds all of an expert's pairs
 # and weights are read once, and the weights fill the tensor core's 64 rows. Beyond, a
 # tile is as large as the accumulators in registers allow.
+_THIN = Product(64, 256, 4, 4, swap=True, tma_w=True)
+_WIDE = Product(128, 128, 4, 3, tma_w=True, tma_a=True)
 _HOPPER = (
+    (8, Config(16, _THIN, replace(_THIN, num_stages=3), pdl=True)),
+    (16, Config(32, _THIN, replace(_THIN, num_stages=3), pdl=True)),
     (
-        8,
+        32,
         Config(
-            16,
-            Product(64, 256, 4, 4, swap=True, tma_w=True),
-            Product(128, 256, 4, 3, swap=True, tma_w=True),
+            32,
+            replace(_THIN, num_stages=3),
+            replace(_THIN, num_stages=3, tma_a=True),
             pdl=True,
         ),
     ),
-    (
-        16,
-        Config(
-            32,
-            Product(64, 256, 4, 4, swap=True, tma_w=True),
-            Product(64, 256, 4, 4, swap=True, tma_w=True, tma_a=True),
-        ),
-    ),
-    (
-        80,
-        Config(
-            64,
-            Product(64, 256, 4, 3, swap=True, tma_w=True),
-            Product(128, 128, 4, 3, tma_w=True, tma_a=True),
-        ),
-    ),
-    (
-        512,
-        Config(
-            128,
-            Product(128, 128, 4, 3),
-            Product(128, 128, 4, 3, tma_w=True, tma_a=True),
-        ),
-    ),
-    (
-        float("inf"),
-        Config(
-            128,
-            Product(256, 128, 8, 3, tma_w=True),
-            Product(128, 128, 4, 3, tma_w=True, tma_a=True),
-        ),
-    ),
+    (80, Config(64, replace(_THIN, block_w=128, num_stages=3), _WIDE, pdl=True)),
+    (512, Config(128, Product(128, 128, 4, 3, tma_w=True), _WIDE, pdl=True)),
+    (float("inf"), Config(128, Product(256, 128, 8, 4, tma_w=True), _WIDE)),
+)
+# Experts of 256 columns or fewer: w2 has but one step.
+_NARROW_W2 = Product(128, 256, 4, 3, swap=True, tma_w=True, blocks=4)
+_NARROW_WIDE_W2 = Product(64, 256, 4, 4, tma_w=True, blocks=16)
+_HOPPER_NARROW = (
+    (8, Config(16, _THIN, _NARROW_W2, pdl=True)),
+    (32, Config(32, _THIN, _NARROW_W2, pdl=True)),
+    (80, Config(64, replace(_THIN, block_w=128, num_stages=3), _NARROW_WIDE_W2)),
+    (float("inf"), Config(128, Product(128, 128, 4, 3, tma_w=True), _NARROW_WIDE_W2)),
 )
 # 99 KiB of shared memory (compute capability 8.6 and 8.9) must hold num_stages tiles.
 _CUDA = (
@@ -142,10 +129,15 @@ def get_architecture() -> Architecture:
     return "cuda"
 
 
-def choose_config(architecture: Architecture, num_pairs: int, num_ids: int) -> Config:
+def choose_config(
+    architecture: Architecture, num_pairs: int, num_ids: int, intermediate_size: int
+) -> Config:
     """The tiles for num_pairs pairs spread over num_ids experts, of all ranks."""
+    table = _TABLES[architecture]
+    if architecture == "hopper" and intermediate_size <= 256:
+        table = _HOPPER_NARROW
     per_expert = num_pairs / num_ids
-    return next(c for most, c in _TABLES[architecture] if per_expert <= most)
+    return next(c for most, c in table if per_expert <= most)
 
 
 def choose_few_config(
@@ -167,15 +159,19 @@ def choose_few_config(
     ):
         return None
     w2_block_n = min(_FEW_WORDS // w2_words, 16)
-    if architecture == "hopper":
-        if num_tokens <= 2:
-            return FewConfig(min(4096 // w13_words, 16), 4, 1, 0, w2_block_n, pdl=True)
-        return FewConfig(
-            max(1, min(8192 // w13_words, 16)), 8, 3, 1, w2_block_n, pdl=True
-        )
-    return FewConfig(
-        min(4096 // w13_words, 16), 4, 1, 0, w2_block_n, 8, w2_stages=1, w2_programs=0
-    )
+    if architecture != "hopper":
+        return FewConfig(min(4096 // w13_words, 16), 4, 1, 0, w2_block_n, 8, 1, 0)
+    if num_tokens <= 2:
+        w13 = min(max(2048 // w13_words, 1), 16), 4, 2, 3
+    else:
+        w13 = min(4096 // w13_words, 16), 4, 3, 3
+    if intermediate_size <= 256:
+        w2 = max(w2_block_n // 2, 1), 4, 2, 4
+    elif num_tokens <= 2:
+        w2 = w2_block_n, 4, 3, 1
+    else:
+        w2 = max(w2_block_n // 2, 1), 4, 3, 2
+    return FewConfig(*w13, *w2, pdl=True)
 
 
 def _next_power_of_2(n: int) -> int:

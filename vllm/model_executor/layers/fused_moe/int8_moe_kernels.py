@@ -85,41 +85,23 @@ def _local_experts(
     return experts
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_pairs"])
-def quantize_rows_kernel(
+@triton.jit
+def _quantize_rows(
     x_ptr,
     static_scale_ptr,
-    sorted_pairs_ptr,
-    num_tiles_ptr,
     xq_ptr,
     scale_ptr,
-    num_rows,
-    num_pairs,
+    rows,
+    is_row,
     K,
-    BLOCK_M: tl.constexpr,  # of the tiles, if the rows are those of tiles
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TILES: tl.constexpr,
     STATIC: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Quantize rows to int8, each with its own scale or all with a given one.
-
-    x [rows, K] float to xq [rows, K] int8 and scale [rows] float32. If TILES, the rows
-    are those of tiles, and only those that hold a pair are read and written.
+    """Quantize rows [ROWS] of x [rows, K], each with its own scale or all with one.
 
     Moves 3 K bytes a row (2 in, 1 out). ROWS x BLOCK_K is a tile, BLOCK_K >= K.
     """
-    _wait_for_inputs(PDL)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if TILES:
-        num_rows = tl.load(num_tiles_ptr) * BLOCK_M
-    if tl.program_id(0) * ROWS >= num_rows:
-        return
-    is_row = rows < num_rows
-    if TILES:
-        pairs = tl.load(sorted_pairs_ptr + rows, mask=is_row, other=num_pairs)
-        is_row = pairs < num_pairs
     columns = tl.arange(0, BLOCK_K)
     offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
     mask = is_row[:, None] & (columns < K)[None, :]
@@ -133,6 +115,161 @@ def quantize_rows_kernel(
         xq = _quantize(x, absmax[:, None]).to(tl.int8)
     tl.store(xq_ptr + offsets, xq, mask=mask)
     tl.store(scale_ptr + rows, scale, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def quantize_pairs_kernel(
+    h_ptr,
+    static_scale_ptr,
+    sorted_pairs_ptr,
+    num_tiles_ptr,
+    hq_ptr,
+    scale_ptr,
+    num_pairs,
+    K,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATIC: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Quantize the rows of tiles that hold a pair.
+
+    h [tiles * BLOCK_M, K] float to hq, int8, and scale [tiles * BLOCK_M] float32.
+    """
+    _wait_for_inputs(PDL)
+    start = tl.program_id(0) * ROWS
+    if start >= tl.load(num_tiles_ptr) * BLOCK_M:
+        return
+    rows = start + tl.arange(0, ROWS)
+    is_row = rows < tl.load(num_tiles_ptr) * BLOCK_M
+    is_row = tl.load(sorted_pairs_ptr + rows, mask=is_row, other=num_pairs) < num_pairs
+    _quantize_rows(
+        h_ptr,
+        static_scale_ptr,
+        hq_ptr,
+        scale_ptr,
+        rows,
+        is_row,
+        K,
+        ROWS,
+        BLOCK_K,
+        STATIC,
+    )
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_pairs", "num_ids", "E"])
+def prepare_kernel(
+    x_ptr,
+    static_scale_ptr,
+    xq_ptr,
+    scale_ptr,
+    topk_ids_ptr,
+    expert_map_ptr,
+    sorted_pairs_ptr,
+    tile_experts_ptr,
+    num_tiles_ptr,
+    num_tokens,
+    K,
+    num_pairs,
+    num_ids,
+    E,
+    ALIGNERS: tl.constexpr,
+    HAS_EXPERT_MAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BINS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATIC: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Quantize tokens and, if there are ALIGNERS, sort up to PAIRS pairs meanwhile.
+
+    x [M, K] float to xq [M, K] int8 and scale [M] float32; sorted pairs as
+    `align_kernel` says. The first E programs sort: each looks at all pairs, counts them
+    by expert and places those of its own.
+    """
+    _wait_for_inputs(PDL)
+    program = tl.program_id(0)
+    if ALIGNERS:
+        if program < E:
+            _align_expert(
+                program,
+                topk_ids_ptr,
+                expert_map_ptr,
+                sorted_pairs_ptr,
+                tile_experts_ptr,
+                num_tiles_ptr,
+                num_pairs,
+                num_ids,
+                E,
+                HAS_EXPERT_MAP,
+                BLOCK_M,
+                PAIRS,
+                BINS,
+            )
+        program -= E
+    if program >= 0:
+        rows = program * ROWS + tl.arange(0, ROWS)
+        _quantize_rows(
+            x_ptr,
+            static_scale_ptr,
+            xq_ptr,
+            scale_ptr,
+            rows,
+            rows < num_tokens,
+            K,
+            ROWS,
+            BLOCK_K,
+            STATIC,
+        )
+
+
+@triton.jit
+def _align_expert(
+    expert,
+    topk_ids_ptr,
+    expert_map_ptr,
+    sorted_pairs_ptr,
+    tile_experts_ptr,
+    num_tiles_ptr,
+    num_pairs,
+    num_ids,
+    E,
+    HAS_EXPERT_MAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """Place an expert's pairs, in their order, and pad its last tile."""
+    pairs = tl.arange(0, PAIRS)
+    experts = _local_experts(
+        topk_ids_ptr,
+        expert_map_ptr,
+        pairs,
+        pairs < num_pairs,
+        num_ids,
+        HAS_EXPERT_MAP,
+    )
+    bins = tl.arange(0, BINS)
+    counts = tl.histogram(tl.where(experts < 0, E, experts), BINS)
+    tiles = tl.where(bins < E, (counts + BLOCK_M - 1) // BLOCK_M, 0)
+    if expert == 0:
+        tl.store(num_tiles_ptr, tl.sum(tiles))
+    count = tl.sum(tl.where(bins == expert, counts, 0))
+    if count > 0:
+        first_tile = tl.sum(tl.where(bins < expert, tiles, 0))
+        last_tile = first_tile + tl.cdiv(count, BLOCK_M)
+        mine = experts == expert
+        rows = first_tile * BLOCK_M + tl.cumsum(mine.to(tl.int32)) - 1
+        tl.store(sorted_pairs_ptr + rows, pairs, mask=mine)
+        padding = first_tile * BLOCK_M + count + tl.arange(0, BLOCK_M)
+        mask = padding < last_tile * BLOCK_M
+        tl.store(sorted_pairs_ptr + padding, num_pairs, mask=mask)
+        for start in range(first_tile, last_tile, 16):
+            tile = start + tl.arange(0, 16)
+            tl.store(tile_experts_ptr + tile, expert, mask=tile < last_tile)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_ids", "E"])
@@ -212,23 +349,21 @@ def align_kernel(
     BLOCK_M: tl.constexpr,
     PART: tl.constexpr,
     BINS: tl.constexpr,
-    ONE_PART: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sort pairs by expert, ascending, into tiles that hold pairs of one expert each.
 
     A program places one part of PART pairs, in their order; the place of a pair is that
     of its expert's first tile, plus the expert's pairs in the parts before, plus those
-    before it in this part, which are counted by comparing all with all. With ONE_PART
-    the first program places all pairs and the other two kernels are not needed. All
-    programs share the rest of the work: the padding and the experts of tiles.
+    before it in this part, which are counted by comparing all with all. All programs
+    share the rest of the work: the padding and the experts of tiles.
 
     sorted_pairs [tiles * BLOCK_M] int32, padded with num_pairs; tile_experts [tiles]
     int32; num_tiles [1] int32.
     """
     _wait_for_inputs(PDL)
     program = tl.program_id(0)
-    first_pair = 0 if ONE_PART else program * PART
+    first_pair = program * PART
     i = tl.arange(0, PART)
     pairs = first_pair + i
     experts = _local_experts(
@@ -240,31 +375,26 @@ def align_kernel(
         HAS_EXPERT_MAP,
     )
     bins = tl.arange(0, BINS)
-    if ONE_PART:
-        totals = tl.histogram(tl.where(experts < 0, E, experts), BINS)
-    else:
-        totals = tl.load(totals_ptr + bins)
+    totals = tl.load(totals_ptr + bins)
     tiles = tl.where(bins < E, (totals + BLOCK_M - 1) // BLOCK_M, 0)
     first_tiles = tl.cumsum(tiles) - tiles
 
-    if program == 0 or not ONE_PART:
-        bin = tl.where(experts < 0, 0, experts)
-        rows = tl.gather(first_tiles, bin, 0) * BLOCK_M
-        if not ONE_PART:
-            rows += tl.load(before_ptr + program * BINS + bin)
-        for start in range(0, PART, 32):
-            j = start + tl.arange(0, 32)
-            others = _local_experts(
-                topk_ids_ptr,
-                expert_map_ptr,
-                first_pair + j,
-                first_pair + j < num_pairs,
-                num_ids,
-                HAS_EXPERT_MAP,
-            )
-            earlier = (others[None, :] == experts[:, None]) & (j[None, :] < i[:, None])
-            rows += tl.sum(earlier.to(tl.int32), axis=1)
-        tl.store(sorted_pairs_ptr + rows, pairs, mask=experts >= 0)
+    bin = tl.where(experts < 0, 0, experts)
+    rows = tl.gather(first_tiles, bin, 0) * BLOCK_M
+    rows += tl.load(before_ptr + program * BINS + bin)
+    for start in range(0, PART, 32):
+        j = start + tl.arange(0, 32)
+        others = _local_experts(
+            topk_ids_ptr,
+            expert_map_ptr,
+            first_pair + j,
+            first_pair + j < num_pairs,
+            num_ids,
+            HAS_EXPERT_MAP,
+        )
+        earlier = (others[None, :] == experts[:, None]) & (j[None, :] < i[:, None])
+        rows += tl.sum(earlier.to(tl.int32), axis=1)
+    tl.store(sorted_pairs_ptr + rows, pairs, mask=experts >= 0)
 
     last_tiles = first_tiles + tiles
     num_tiles = tl.sum(tiles)
@@ -546,6 +676,81 @@ def w2_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_pairs"])
+def w2_narrow_kernel(
+    hq_ptr,
+    h_scale_ptr,
+    w2,
+    w2_scale_ptr,
+    bias_ptr,
+    topk_weights_ptr,
+    sorted_pairs_ptr,
+    tile_experts_ptr,
+    num_tiles_ptr,
+    y_ptr,
+    num_pairs,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SWAP: tl.constexpr,
+    TMA_W: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WEIGH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`w2_kernel` for experts so narrow that BLOCK_K >= K: there is no loop over K.
+
+    Instead a program keeps its pairs and takes BLOCKS blocks of BLOCK_N columns in
+    turn, so that the next block's weights arrive while this one is written. Bytes and
+    operations are those of `w2_kernel`, but pairs are read once for each BLOCKS blocks.
+    """
+    _wait_for_inputs(PDL)
+    num_groups = tl.cdiv(N, BLOCK_N * BLOCKS)
+    tile = tl.program_id(0) // num_groups
+    first_n = tl.program_id(0) % num_groups * (BLOCK_N * BLOCKS)
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    expert = tl.load(tile_experts_ptr + tile).to(tl.int64)
+    rows = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pairs = tl.load(sorted_pairs_ptr + rows)
+    is_pair = pairs < num_pairs
+    k = tl.arange(0, BLOCK_K)
+    a_mask = is_pair[:, None] & (k < K)[None, :]
+    a_tile = tl.load(hq_ptr + rows[:, None] * K + k[None, :], mask=a_mask, other=0)
+    h_scale = tl.load(h_scale_ptr + rows, mask=is_pair, other=0.0)
+    if WEIGH:
+        weight = tl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
+        weight = _along_a(weight.to(tl.float32), SWAP)
+    y_rows = y_ptr + _along_a(pairs.to(tl.int64), SWAP) * N
+    for n0 in tl.range(
+        first_n, tl.minimum(first_n + BLOCK_N * BLOCKS, N), BLOCK_N, num_stages=STAGES
+    ):
+        n = n0 + tl.arange(0, BLOCK_N)
+        w_rows = expert * N + tl.minimum(n, N - 1)
+        if TMA_W:
+            w_tile = w2.load([(expert * N + n0).to(tl.int32), 0])
+        else:
+            w_ptrs = w2 + w_rows[:, None] * K + k[None, :]
+            w_tile = tl.load(w_ptrs, mask=(k < K)[None, :], other=0)
+        if SWAP:
+            sums = tl.dot(w_tile, a_tile.T, out_dtype=tl.int32)
+        else:
+            sums = tl.dot(a_tile, w_tile.T, out_dtype=tl.int32)
+        y = _scale(sums, h_scale, w2_scale_ptr, w_rows, expert, SWAP, PER_CHANNEL)
+        if HAS_BIAS:
+            y += _along_w(tl.load(bias_ptr + w_rows).to(tl.float32), SWAP)
+        if WEIGH:
+            y *= weight
+        mask = _along_a(is_pair, SWAP) & _along_w(n < N, SWAP)
+        y_ptrs = y_rows + _along_w(n, SWAP)
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_ids", "topk"])
 def sum_topk_kernel(
     y_ptr,
@@ -605,6 +810,17 @@ def _pack4(quantized):
     return tl.sum((quantized & 0xFF) << shift, axis=-1)
 
 
+@triton.jit
+def _load_gate_up(w_ptr, n, N, words, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows n of an expert's gate and up projections, in words of four int8."""
+    k = tl.arange(0, BLOCK_K)
+    w_ptrs = w_ptr + n.to(tl.int64)[:, None] * words + k[None, :]
+    mask = (n < N)[:, None] & (k < words)[None, :]
+    w_gate = tl.load(w_ptrs, mask=mask, other=0)
+    w_up = tl.load(w_ptrs + N.to(tl.int64) * words, mask=mask, other=0)
+    return w_gate, w_up
+
+
 @triton.jit(do_not_specialize=["num_ids", "topk"])
 def w13_few_kernel(
     x_ptr,
@@ -629,14 +845,16 @@ def w13_few_kernel(
     WEIGH: tl.constexpr,
     SWIGLUSTEP_LIMIT: tl.constexpr,
     DOT4: tl.constexpr,
+    TURNS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`w13_kernel` for a few tokens: each program multiplies one pair's whole row.
 
     x [M, K] and w13 [E, 2N, K], both read as whole words of four int8, to h [P, N] in
-    the dtype of x. The weights' addresses need nothing but the routing, so they are on
-    their way before the token is quantized. BLOCK_K >= K / 4 counts words.
+    the dtype of x. A program that takes one block of rows asks for its weights before
+    it quantizes the token: their addresses need nothing but the routing. BLOCK_K >=
+    K / 4 counts words.
     """
     pair = tl.program_id(1)
     k = tl.arange(0, BLOCK_K)
@@ -647,6 +865,10 @@ def w13_few_kernel(
     ).to(tl.int64)
     if expert < 0:
         return
+    w13_ptr += expert * 2 * N * words
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if not TURNS:
+        w_gate, w_up = _load_gate_up(w13_ptr, n, N, words, BLOCK_N, BLOCK_K)
     token = pair // topk
     x_offsets = token.to(tl.int64) * K + k[:, None] * 4 + tl.arange(0, 4)[None, :]
     x = tl.load(x_ptr + x_offsets, mask=(k < words)[:, None], other=0.0).to(tl.float32)
@@ -670,10 +892,8 @@ def w13_few_kernel(
     ):
         n = n0 + tl.arange(0, BLOCK_N)
         rows = expert * 2 * N + n
-        w_ptrs = w13_ptr + rows[:, None] * words + k[None, :]
-        mask = (n < N)[:, None] & (k < words)[None, :]
-        w_gate = tl.load(w_ptrs, mask=mask, other=0)
-        w_up = tl.load(w_ptrs + N.to(tl.int64) * words, mask=mask, other=0)
+        if TURNS:
+            w_gate, w_up = _load_gate_up(w13_ptr, n, N, words, BLOCK_N, BLOCK_K)
         gate = tl.sum(_dot4(w_gate, xq, zeros, DOT4), axis=1).to(tl.float32)
         up = tl.sum(_dot4(w_up, xq, zeros, DOT4), axis=1).to(tl.float32)
         if PER_CHANNEL:
@@ -733,11 +953,11 @@ def w2_few_kernel(
     words = K // 4
     j = tl.arange(0, TOPK)
     pairs = token * topk + j
-    _wait_for_inputs(PDL)
     experts = _local_experts(
         topk_ids_ptr, expert_map_ptr, pairs, j < topk, num_ids, HAS_EXPERT_MAP
     ).to(tl.int64)
     present = experts >= 0
+    _wait_for_inputs(PDL)
     h_offsets = (
         pairs.to(tl.int64)[:, None, None] * K
         + k[None, :, None] * 4
