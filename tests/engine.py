@@ -5,10 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -26,13 +27,19 @@ OPTIONS = {
 }
 
 
+# The engine in the process that asks, for what is counted there.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
 @dataclass(frozen=True)
 class Answers:
     """Greedy answers: tokens int64 [prompts, T]; logprobs float64 [prompts, T, vocab]
-    of each token after those before it."""
+    of each token after those before it. Up to them the engine, if it is of
+    `ONE_PROCESS`, has launched the INT8 MoE's own kernels int8_moe_runs times."""
 
     tokens: Tensor
     logprobs: Tensor
+    int8_moe_runs: int
 
 
 def ask(
@@ -40,10 +47,11 @@ def ask(
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
     reloads: Sequence[Path] = (),
+    env: Mapping[str, str] | None = None,
     **options: Any,
 ) -> list[Answers]:
-    """Start an engine with these further options of `LLM`; ask it, and again after
-    loading its weights from each folder of `reloads`."""
+    """Start an engine with these further environment variables and options of `LLM`;
+    ask it, and again after loading its weights from each folder of `reloads`."""
     job = {
         "options": OPTIONS | {"model": str(model)} | options,
         "prompts": prompts,
@@ -53,7 +61,11 @@ def ask(
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine", json.dumps(job)],
         cwd=ROOT,
-        env=os.environ | _one_core_a_rank(options.get("tensor_parallel_size", 1)),
+        env={
+            **os.environ,
+            **_one_core_a_rank(options.get("tensor_parallel_size", 1)),
+            **(env or {}),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -62,8 +74,8 @@ def ask(
     assert done.returncode == 0, done.stdout
     [line] = [s for s in done.stdout.splitlines() if s.startswith('{"answers"')]
     return [
-        Answers(torch.tensor(tokens), torch.tensor(logprobs, dtype=torch.float64))
-        for tokens, logprobs in json.loads(line)["answers"]
+        Answers(torch.tensor(tokens), torch.tensor(logprobs, dtype=torch.float64), runs)
+        for tokens, logprobs, runs in json.loads(line)["answers"]
     ]
 
 
@@ -78,8 +90,11 @@ def _one_core_a_rank(num_ranks: int) -> dict[str, str]:
 
 def main() -> None:
     from vllm import LLM, SamplingParams
+    from vllm.model_executor.layers.fused_moe import int8_moe
 
     job = json.loads(sys.argv[1])
+    run = int8_moe.run_int8_experts
+    counted = patch.object(int8_moe, "run_int8_experts", wraps=run).start()
     llm = LLM(**job["options"])
     sampling = SamplingParams(
         temperature=0,
@@ -99,7 +114,8 @@ def main() -> None:
             [[step[t].logprob for t in sorted(step)] for step in one.logprobs]
             for one in completions
         ]
-        answers.append(([list(one.token_ids) for one in completions], logprobs))
+        tokens = [list(one.token_ids) for one in completions]
+        answers.append((tokens, logprobs, counted.call_count))
     print(json.dumps({"answers": answers}))
 
 
