@@ -11,8 +11,9 @@ the larger of the bytes that one pass over the routed experts' weights and the t
 must move, over the measured copy bandwidth, and the operations over the peak of the
 int8 tensor cores.
 
-Writes `<chip>/int8_moe.json` and a plot beside it, and the winners of the sweep in
-upstream's format to `<chip>/configs/`; a later run takes them from there.
+Writes `<chip>/int8_moe.json` and a plot beside it, and the winners of the sweep to the
+overlay's tuned configs, in upstream's format and place; a later run takes them from
+there.
 """
 
 import argparse
@@ -33,6 +34,8 @@ import torch
 from torch import Tensor
 
 Config = dict[str, int]
+ROOT = Path(__file__).resolve().parents[2]
+TUNED = ROOT / "vllm/model_executor/layers/fused_moe/configs"
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,10 @@ def time_us(functions: list[Callable[[], Any]], repeat: int = 9) -> float:
 
 
 def stock(layer: Layer, batch: Batch, config: Config | None = None) -> Tensor:
+    """Upstream's layer; its default tiles are named, as the fork finds tuned ones."""
     from vllm.model_executor.layers.fused_moe import fused_experts, override_config
     from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
 
     quant_config = int8_w8a8_moe_quant_config(
         w1_scale=layer.w13_scale,
@@ -158,7 +163,11 @@ def stock(layer: Layer, batch: Batch, config: Config | None = None) -> Tensor:
         per_act_token_quant=True,
     )
 
-    def run() -> Tensor:
+    if config is None:
+        shape = layer.shape
+        sizes = (shape.num_experts, shape.width, shape.hidden, shape.top_k)
+        config = get_default_config(batch.x.shape[0], *sizes, dtype=None)
+    with override_config(config):
         return fused_experts(
             batch.x,
             layer.w13,
@@ -167,11 +176,6 @@ def stock(layer: Layer, batch: Batch, config: Config | None = None) -> Tensor:
             batch.topk_ids,
             quant_config=quant_config,
         )
-
-    if config is None:
-        return run()
-    with override_config(config):
-        return run()
 
 
 def ours(layer: Layer, batch: Batch) -> Tensor:
@@ -315,17 +319,23 @@ def measure(args: argparse.Namespace) -> None:
     start = time.monotonic()
     chip = torch.cuda.get_device_name().replace(" ", "_")
     out = args.out / chip
-    (out / "configs").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     shapes = [SHAPES[i] for i in args.shapes]
     copy_tbps, peak_tops = measure_limits()
     print(f"{chip}: copy {copy_tbps:.2f} TB/s, int8 peak {peak_tops:.0f} TOPS")
 
     def config_file(shape: Shape) -> Path:
         name = f"E={shape.num_experts},N={shape.width},device_name={chip}"
-        return out / "configs" / f"{name},dtype=int8_w8a8.json"
+        return TUNED / f"{name},dtype=int8_w8a8.json"
+
+    def load_tuned(shape: Shape) -> dict[int, Config]:
+        if not config_file(shape).exists():
+            return {}
+        stored = json.loads(config_file(shape).read_text())
+        return {int(m): c for m, c in stored.items() if m != "triton_version"}
 
     swept = [s for s in shapes if s.swept and args.sweep]
-    if any(not config_file(shape).exists() for shape in swept):
+    if any(set(args.tokens) - set(load_tuned(shape)) for shape in swept):
         # The kernel is the same for all shapes.
         jobs = [(swept[0], config, 64) for config in SWEEP]
         with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
@@ -347,16 +357,14 @@ def measure(args: argparse.Namespace) -> None:
 
     for shape in shapes:
         layer = make_layer(shape)
-        tuned: dict[int, Config] = {}
-        if shape.swept and config_file(shape).exists():
-            stored = json.loads(config_file(shape).read_text())
-            tuned = {int(m): c for m, c in stored.items() if m != "triton_version"}
-        elif shape.swept and args.sweep:
-            batches = {m: make_batch(shape, m, "random") for m in args.tokens}
+        tuned = load_tuned(shape) if shape.swept else {}
+        missing = [m for m in args.tokens if m not in tuned]
+        if shape in swept and missing:
+            batches = {m: make_batch(shape, m, "random") for m in missing}
             best = sweep(layer, batches, start + args.seconds / 2)
-            tuned = {m: config for m, (_, config) in best.items()}
-            stored = {"triton_version": _version("triton")}
-            stored |= {str(m): config for m, config in tuned.items()}
+            tuned |= {m: config for m, (_, config) in best.items()}
+            stored: dict[str, Any] = {"triton_version": _version("triton")}
+            stored |= {str(m): tuned[m] for m in sorted(tuned)}
             config_file(shape).write_text(json.dumps(stored, indent=4) + "\n")
             print(f"swept, {time.monotonic() - start:.0f} s", flush=True)
         for routing, num_tokens in itertools.product(args.routing, args.tokens):

@@ -36,7 +36,7 @@ def test_int8_moe_runs_and_answers_right(eager: bool) -> None:
 
     best, second = upstreams.logprobs.topk(2).values.unbind(-1)
     clear = (best - second > CLEAR).all(dim=1)
-    assert clear.double().mean() >= 0.5
+    assert clear.double().mean() >= 0.25
     assert torch.equal(ours.tokens[clear], upstreams.tokens[clear])
 
     reference = step3p5_reference.logprobs(step3p5_reference.load(BF16), PROMPTS)

@@ -394,9 +394,11 @@ def test_table_covers_every_shape() -> None:
                 config = choose_config("hopper", pairs, experts, width)
                 assert config.block_m in (16, 32, 64, 128)
                 assert not config.w2.blocks or width <= config.w2.block_k
-    assert choose_few_config("hopper", 8, 8, 288, 1280, 4096) is not None
-    assert choose_few_config("hopper", 9, 8, 288, 1280, 4096) is None
-    assert choose_few_config("hopper", 8, 8, 36, 1280, 4096) is None
+    assert choose_few_config("hopper", 4, 8, 288, 1280, 4096) is not None
+    assert choose_few_config("hopper", 5, 8, 288, 1280, 4096) is None
+    assert choose_few_config("hopper", 8, 8, 288, 160, 4096) is not None
+    assert choose_few_config("hopper", 9, 8, 288, 160, 4096) is None
+    assert choose_few_config("hopper", 4, 8, 36, 1280, 4096) is None
     assert choose_few_config("hopper", 1, 32, 512, 8192, 4096) is None
 
 

@@ -116,6 +116,8 @@ _TABLES = {"hopper": _HOPPER, "cuda": _CUDA, "rocm": _ROCM}
 
 # With more tokens the path for a few reads too much twice: every pair reads its expert.
 _FEW_TOKENS = 8
+# Bytes of an expert beyond which the fixed costs of the other path matter less.
+_LARGE_EXPERT = 1 << 22
 # Words of four int8 that a program of it multiplies at a time; they lie in registers.
 _FEW_WORDS = 16384
 
@@ -151,9 +153,10 @@ def choose_few_config(
     """How to take the path for a few tokens, None to take the other one."""
     w13_words = _next_power_of_2(hidden_size // 4)
     w2_words = _next_power_of_2(intermediate_size // 4) * _next_power_of_2(topk)
+    is_large = 3 * intermediate_size * hidden_size > _LARGE_EXPERT
     if (
-        num_tokens > _FEW_TOKENS
-        or num_tokens * topk * 2 > num_ids
+        num_tokens > (_FEW_TOKENS // 2 if is_large else _FEW_TOKENS)
+        or num_tokens * topk * 2 >= num_ids
         or w13_words > 4096
         or w2_words > _FEW_WORDS
     ):
