@@ -302,7 +302,8 @@ def sweep(
         per_expert = batch.topk_ids.numel() / layer.shape.num_experts
         for config in SWEEP:
             # Tiles far from the pairs an expert has never win.
-            if not per_expert / 16 <= config["BLOCK_SIZE_M"] <= max(16, per_expert * 8):
+            least = min(128, per_expert / 16)
+            if not least <= config["BLOCK_SIZE_M"] <= max(16, per_expert * 8):
                 continue
             if time.monotonic() > deadline:
                 return best

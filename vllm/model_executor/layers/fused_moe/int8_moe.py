@@ -395,7 +395,7 @@ def run_int8_experts(
         out,
         num_ids,
         hidden_size,
-        topk,
+        TOPK=topk,
         BLOCK_K=block_k,
         HAS_EXPERT_MAP=has_map,
         num_warps=4,

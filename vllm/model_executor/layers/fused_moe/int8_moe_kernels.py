@@ -751,7 +751,7 @@ def w2_narrow_kernel(
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_ids", "topk"])
+@triton.jit(do_not_specialize=["num_ids"])
 def sum_topk_kernel(
     y_ptr,
     topk_ids_ptr,
@@ -759,7 +759,7 @@ def sum_topk_kernel(
     out_ptr,
     num_ids,
     K,
-    topk,
+    TOPK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_EXPERT_MAP: tl.constexpr,
     PDL: tl.constexpr,
@@ -772,8 +772,9 @@ def sum_topk_kernel(
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_K,), tl.float32)
-    for i in range(0, topk):
-        pair = token * topk + i
+    # Unrolled, so that all pairs are on their way at once.
+    for i in tl.static_range(0, TOPK):
+        pair = token * TOPK + i
         expert = _local_experts(
             topk_ids_ptr, expert_map_ptr, pair, pair >= 0, num_ids, HAS_EXPERT_MAP
         )
