@@ -404,6 +404,20 @@ def measure(args: argparse.Namespace) -> None:
     plot(result, out / "int8_moe.png")
 
 
+def profile(args: argparse.Namespace) -> None:
+    """Run ours once for each shape and number of tokens, for a profiler to see."""
+    for shape in (SHAPES[i] for i in args.shapes):
+        layer = make_layer(shape)
+        for num_tokens in args.tokens:
+            batch = make_batch(shape, num_tokens, args.routing[0])
+            for _ in range(3):
+                ours(layer, batch)
+            torch.cuda.synchronize()
+            with torch.cuda.profiler.profile():
+                ours(layer, batch)
+                torch.cuda.synchronize()
+
+
 def measure_humming(shape: Shape, rows: list[dict[str, Any]]) -> None:
     """Fill in Humming's times where it is installed and can build its kernels."""
     layer = (shape.num_experts, shape.width, shape.hidden)
@@ -490,6 +504,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="M")
     parser.add_argument("--routing", nargs="+", default=["random", "zipf"])
     parser.add_argument("--sweep", action="store_true", help="sweep upstream's tiles")
+    parser.add_argument(
+        "--profile", action="store_true", help="run ours once, for ncu; time nothing"
+    )
     parser.add_argument("--processes", type=int, default=14, help="to compile with")
     parser.add_argument(
         "--seconds", type=float, default=3600, help="stop after; default: an hour"
@@ -498,4 +515,5 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    measure(parse_args())
+    args = parse_args()
+    (profile if args.profile else measure)(args)
