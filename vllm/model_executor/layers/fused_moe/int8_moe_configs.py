@@ -116,7 +116,7 @@ _TABLES = {"hopper": _HOPPER, "cuda": _CUDA, "rocm": _ROCM}
 
 # With more tokens the path for a few reads too much twice: every pair reads its expert.
 _FEW_TOKENS = 8
-# Bytes of an expert beyond which the fixed costs of the other path matter less.
+# Bytes of an expert beyond which half as many are enough for that.
 _LARGE_EXPERT = 1 << 22
 # Words of four int8 that a program of it multiplies at a time; they lie in registers.
 _FEW_WORDS = 16384

@@ -3,11 +3,12 @@
 
 A pair is a token and one of its `topk` experts; there are P = M * topk, and pair p is
 of token p // topk. Tiles are BLOCK_M pairs of one expert. Pairs lie in tile order in
-everything between `align_kernel` and `w2_kernel`; padding rows are never written or
-read as results.
+everything between sorting and `w2_kernel`; padding rows are never written or read as
+results.
 
-With many tokens: quantize_rows, align, w13 (with the activation), quantize_rows, w2,
-sum_topk. With few: w13_few and w2_few alone, which quantize for themselves.
+With many tokens: prepare (quantizes and sorts; with more pairs count, scan and align
+sort), w13 (with the activation), quantize_pairs, w2 or w2_narrow, sum_topk. With few:
+w13_few and w2_few alone, which quantize for themselves.
 
 Integer sums are exact, each value is quantized, scaled and rounded by itself, and the
 sums over experts are taken in one order, without atomics: the same input gives the same
