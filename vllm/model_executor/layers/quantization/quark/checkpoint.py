@@ -10,14 +10,20 @@ CheckpointError that names the file, what was expected and what was found.
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 INDEX = "model.safetensors.index.json"
 # safetensors' own limit.
 MAX_HEADER_BYTES = 100_000_000
+# Bounds for files from strangers, far beyond any real model.
+MAX_JSON_BYTES = 200_000_000
+MAX_TENSORS = 1_000_000
+MAX_JSON_VALUES = 16 * MAX_TENSORS
+MAX_RANK, MAX_SIZE = 32, 1 << 63
 DTYPE_BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -73,13 +79,21 @@ def misfit(what: object, expected: str, found: str, remedy: str) -> CheckpointEr
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name!r:.200} twice")
+            seen.add(name)
     return found
 
 
-def _parse_json(file: Path, text: bytes, what: str) -> dict[str, Any]:
+def parse_json(file: Path, text: bytes, what: str) -> dict[str, Any]:
+    """A JSON object without a key twice. Raises CheckpointError, also for one that
+    would take memory out of all proportion to a checkpoint's."""
+    values = sum(text.count(mark) for mark in (b"{", b"[", b","))
+    if values > MAX_JSON_VALUES:
+        expected = f"{what} of at most {MAX_JSON_VALUES} values"
+        raise misfit(file, expected, str(values), DOWNLOAD_AGAIN)
     try:
         parsed = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -95,7 +109,11 @@ def _is_count(value: object) -> bool:
 
 
 def _is_counts(value: object) -> bool:
-    return isinstance(value, list) and all(_is_count(item) for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_RANK
+        and all(_is_count(item) and item < MAX_SIZE for item in value)
+    )
 
 
 def _read_entry(
@@ -126,19 +144,51 @@ def _read_entry(
     return TensorInfo(name, dtype, tuple(shape), file, data + start, data + end)
 
 
+class Files(Protocol):
+    """The files of a checkpoint's folder, wherever it is. May raise OSError."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """Name -> bytes of every regular file right in the folder."""
+        ...
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """Up to `count` bytes of a file from `start` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """The files of a folder here."""
+
+    folder: Path
+
+    def sizes(self) -> dict[str, int]:
+        files = (path for path in self.folder.iterdir() if path.is_file())
+        return {path.name: path.stat().st_size for path in files}
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        with (self.folder / name).open("rb") as stream:
+            stream.seek(start)
+            return stream.read(count)
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, by name. Raises CheckpointError."""
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                found = (
-                    f"{size} bytes, a header of {length}" if size >= 8 else f"{size}"
-                )
-                expected = "a safetensors file: 8 bytes and its whole header"
-                raise misfit(file, expected, found, DOWNLOAD_AGAIN)
-            header = _parse_json(file, stream.read(length), "the header")
+    except OSError as error:
+        raise misfit(file, "a readable file", str(error), DOWNLOAD_AGAIN) from None
+    return _read_header(file, size, LocalFiles(file.parent))
+
+
+def _read_header(file: Path, size: int, files: Files) -> dict[str, TensorInfo]:
+    try:
+        length = int.from_bytes(files.read(file.name, 0, 8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            found = f"{size} bytes, a header of {length}" if size >= 8 else f"{size}"
+            expected = "a safetensors file: 8 bytes and its whole header"
+            raise misfit(file, expected, found, DOWNLOAD_AGAIN)
+        header = parse_json(file, files.read(file.name, 8, length), "the header")
     except OSError as error:
         raise misfit(file, "a readable file", str(error), DOWNLOAD_AGAIN) from None
     metadata = header.pop("__metadata__", None) or {}
@@ -165,13 +215,23 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_index(file: Path) -> dict[str, str]:
-    """An index's weight_map: tensor name -> file name. Raises CheckpointError."""
+def read_json(file: Path, what: str, files: Files | None = None) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint. Raises CheckpointError."""
+    files = files or LocalFiles(file.parent)
     try:
-        text = file.read_bytes()
+        # One byte more than may be, to tell.
+        text = files.read(file.name, 0, MAX_JSON_BYTES + 1)
     except OSError as error:
         raise misfit(file, "a readable file", str(error), DOWNLOAD_AGAIN) from None
-    weight_map = _parse_json(file, text, "the index").get("weight_map")
+    if len(text) > MAX_JSON_BYTES:
+        expected = f"{what} of at most {MAX_JSON_BYTES} bytes"
+        raise misfit(file, expected, "more", DOWNLOAD_AGAIN)
+    return parse_json(file, text, what)
+
+
+def read_index(file: Path, files: Files | None = None) -> dict[str, str]:
+    """An index's weight_map: tensor name -> file name. Raises CheckpointError."""
+    weight_map = read_json(file, "the index", files).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise misfit(file, "a weight_map", f"{weight_map!r:.100}", DOWNLOAD_AGAIN)
     for name, shard in weight_map.items():
@@ -184,47 +244,55 @@ def read_index(file: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_numbering(folder: Path, files: list[Path]) -> None:
+def _check_numbering(folder: Path, names: list[str]) -> None:
     """Without an index, names of the form x-00001-of-00003 say what is missing."""
-    for file in files:
-        if found := _NUMBERED.match(file.stem):
+    have = set(names)
+    for each in names:
+        if found := _NUMBERED.match(each.removesuffix(".safetensors")):
             stem, count = found["stem"], int(found["count"])
-            have = {each.name for each in files}
             for number in range(1, count + 1):
                 name = f"{stem}-{number:05}-of-{count:05}.safetensors"
                 if name not in have:
-                    expected = f"{count} shards, since there is {file.name}"
+                    expected = f"{count} shards, since there is {each}"
                     raise misfit(folder, expected, f"no {name}", "download it")
             return
 
 
-def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
+def read_checkpoint(folder: Path, files: Files | None = None) -> dict[str, TensorInfo]:
     """All tensors that vLLM would read from a folder, by name.
 
     Those of the files that model.safetensors.index.json lists; without it, those of all
     *.safetensors. Empty where the folder holds no safetensors. Raises CheckpointError
     for a damaged file, a missing shard, or an index and files that disagree.
     """
+    files = files or LocalFiles(folder)
+    try:
+        sizes = files.sizes()
+    except OSError as error:
+        raise misfit(folder, "a readable folder", str(error), DOWNLOAD_AGAIN) from None
     index = folder / INDEX
-    weight_map = read_index(index) if index.exists() else {}
+    weight_map = read_index(index, files) if INDEX in sizes else {}
     if weight_map:
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if not file.is_file():
-                raise misfit(
-                    folder, f"{file.name}, which {INDEX} lists", "none", "download it"
-                )
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if name not in sizes:
+                expected = f"{name}, which {INDEX} lists"
+                raise misfit(folder, expected, "none", "download it")
     else:
-        files = sorted(folder.glob("*.safetensors"))
-        _check_numbering(folder, files)
+        names = sorted(name for name in sizes if name.endswith(".safetensors"))
+        _check_numbering(folder, names)
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        for name, tensor in read_header(file).items():
+    for shard in names:
+        file = folder / shard
+        for name, tensor in _read_header(file, sizes[shard], files).items():
             if name in tensors:
                 remedy = "delete the file that does not belong to this checkpoint"
                 found = f"it in {tensors[name].file.name} as well"
                 raise misfit(file, f"{name!r} once", found, remedy)
             tensors[name] = tensor
+        if len(tensors) > MAX_TENSORS:
+            expected = f"at most {MAX_TENSORS} tensors"
+            raise misfit(folder, expected, f"{len(tensors)}", DOWNLOAD_AGAIN)
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             there = (

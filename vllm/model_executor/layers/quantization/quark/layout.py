@@ -9,6 +9,8 @@ would read wrong is a CheckpointError. Needs Python alone.
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -51,16 +53,39 @@ NUM_EXPERTS = (
     "num_local_experts",
     "n_routed_experts",
 )
+# Far beyond any real model: the config of a stranger's checkpoint may say anything.
+MAX_EXPERTS = 100_000
 EXPORT_AGAIN = "export the checkpoint again"
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
+_EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d{1,9})\.")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What vLLM would read wrong: the kind, in kebab-case, what shows it, the error."""
+
+    id: str
+    name: str
+    error: ValueError
 
 
 def _error(
     tensor: TensorInfo, expected: str, found: str, remedy: str
 ) -> CheckpointError:
     return misfit(f"{tensor.name} ({tensor})", expected, found, remedy)
+
+
+def _problem(
+    id: str, tensor: TensorInfo, expected: str, found: str, remedy: str
+) -> Problem:
+    return Problem(id, tensor.name, _error(tensor, expected, found, remedy))
+
+
+def _is_objects(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(each, dict) for each in value.values()
+    )
 
 
 def check_config(config: Config) -> None:
@@ -87,11 +112,13 @@ def check_config(config: Config) -> None:
         "global_quant_config": not is_scheme,
         "export": not is_export,
         "exclude": not is_names,
-        **{key: not isinstance(config.get(key) or {}, dict) for key in overrides},
+        **{key: not _is_objects(config.get(key) or {}) for key in overrides},
     }
     for key, is_wrong in problems.items():
         if is_wrong:
             expected = "a list of names" if key == "exclude" else "an object"
+            if key in overrides:
+                expected = "an object of objects"
             raise ValueError(
                 f"config.json, quantization_config: expected {key!r} to be {expected}, "
                 f"found {config.get(key, 'nothing')!r:.100}; export the model with "
@@ -122,21 +149,29 @@ def expert_of(name: str) -> tuple[str, int] | None:
 
 def first_value(config: Mapping[str, Any], *keys: str) -> Any:
     """The first of the keys that a model's config has, or its text_config."""
-    for each in (config, config.get("text_config") or {}):
+    text = config.get("text_config")
+    for each in (config, text if isinstance(text, dict) else {}):
         for key in keys:
             if each.get(key) is not None:
                 return each[key]
     return None
 
 
+def part_of(layer: Config, kind: str) -> Config:
+    """What a layer's config says of `weight` or `input_tensors`; empty for nothing,
+    and for the lists that other formats have there."""
+    found = layer.get(kind)
+    return found if isinstance(found, dict) else {}
+
+
 def is_static(layer: Config) -> bool:
     """Whether a layer's config has activations of a scale that the export holds."""
-    return not (layer.get("input_tensors") or {}).get("is_dynamic")
+    return not part_of(layer, "input_tensors").get("is_dynamic")
 
 
 def _scheme_problem(layer: Config) -> tuple[str, str] | None:
     """What an INT8 config should say and what it says, where vLLM has no kernel."""
-    weight, inputs = layer.get("weight") or {}, layer.get("input_tensors") or {}
+    weight, inputs = part_of(layer, "weight"), part_of(layer, "input_tensors")
     if weight.get("qscheme") not in ("per_tensor", "per_channel") or weight.get(
         "is_dynamic"
     ):
@@ -209,8 +244,14 @@ class Layout:
         return self._experts[prefix]
 
     def num_experts(self) -> int | None:
+        """As config.json counts them. Raises ValueError for a senseless number."""
         count = first_value(self.model, *NUM_EXPERTS)
-        return count if isinstance(count, int) else None
+        if not isinstance(count, int):
+            return None
+        if not 0 <= count <= MAX_EXPERTS:
+            expected = f"a number of experts from 0 to {MAX_EXPERTS}"
+            raise misfit("config.json", expected, f"{count:.6g}", "correct it")
+        return count
 
     def full_names(self) -> list[str]:
         """`exclude` with the names of the modules that each pattern matches.
@@ -232,29 +273,62 @@ class Layout:
             if layer is not None:
                 yield name, module, layer
 
-    def check(self) -> None:
-        """Raise CheckpointError, or ValueError for the config, for the first misfit."""
-        self._check_exclude()
-        linear = PROJECTIONS | {
+    def rule(self, name: str, module: Module) -> str:
+        """The part of the quantization_config by which `layer_config` decides, with
+        its entry if that is a pattern."""
+        prefix = self.experts_prefix(name, module)
+        names = [name] if prefix is None else [prefix, name]
+        layer = self.layer_config(name, module)
+        if layer is None:
+            entries = (self.exclude.match(each) for each in names)
+            entry = next(filter(None, entries), None)
+            if entry is None:
+                return "exclude, expert by expert"
+            return "exclude" if entry in names else f"exclude {entry!r}"
+        if layer is self.config["global_quant_config"]:
+            return "global_quant_config"
+        for each in names:
+            if (entry := self.overrides.match(each)) is not None:
+                by_name = "" if entry in names else f" {entry!r}"
+                return f"layer_quant_config{by_name}"
+        by_type = self.config.get("layer_type_quant_config") or {}
+        if layer is by_type.get("Linear"):
+            return "layer_type_quant_config 'Linear'"
+        return "layer_quant_config, expert by expert"
+
+    @cached_property
+    def linear_names(self) -> set[str]:
+        """Last names of the linear layers that vLLM may quantize."""
+        return PROJECTIONS | {
             name.rpartition(".")[2]
             for name, module in self.modules.items()
             if WEIGHT in module and module[WEIGHT].dtype == "I8"
         }
+
+    def check(self) -> None:
+        """Raise CheckpointError, or ValueError for the config, for the first misfit."""
+        for problem in self.problems():
+            raise problem.error
+
+    def problems(self) -> Iterator[Problem]:
+        """Everything that vLLM would read wrong; of a module the first."""
+        yield from self._exclude_problems()
         for name, module in self.modules.items():
             if self.is_loaded(name):
-                self._check_module(name, module, linear)
-        self._check_experts()
+                yield from self._module_problems(name, module)
+        yield from self._experts_problems()
 
-    def _check_exclude(self) -> None:
+    def _exclude_problems(self) -> Iterator[Problem]:
         names = set(self.modules)
         stacked = {
             f"{name.rpartition('.')[0]}.experts.{expert}.{name.rpartition('.')[2]}"
             for name, module in self.modules.items()
             if WEIGHT in module and len(module[WEIGHT].shape) == 3
-            for expert in range(module[WEIGHT].shape[0])
+            for expert in range(min(module[WEIGHT].shape[0], MAX_EXPERTS))
         }
         prefixes = {self.experts_prefix(*item) for item in self.modules.items()}
         known = names | stacked | {prefix for prefix in prefixes if prefix}
+        is_first = True
         for entry in self.config["exclude"]:
             if entry in known:
                 continue
@@ -264,125 +338,168 @@ class Layout:
             tied = entry == "lm_head" and first_value(self.model, "tie_word_embeddings")
             if tied or not self.is_loaded(entry):
                 continue
-            close = next((name for name in sorted(known) if entry in name), None)
+            # Looking at every name for every entry would take too long.
+            close = None
+            if is_first:
+                close = min((name for name in known if entry in name), default=None)
+            is_first = False
             hint = f" (there is {close})" if close else ""
-            raise ValueError(
+            error = ValueError(
                 "config.json, quantization_config, exclude: expected every entry to "
                 f"name a module of the checkpoint, found {entry!r}, which names none"
                 f"{hint}: what it should exclude would be read as INT8; correct the "
                 "entry, or delete it if nothing of that kind is in the model"
             )
+            yield Problem("exclude-names-nothing", entry, error)
 
-    def _check_module(self, name: str, module: Module, linear: set[str]) -> None:
+    def _module_problems(self, name: str, module: Module) -> Iterator[Problem]:
         weight = module.get(WEIGHT)
         if weight is None:
             for suffix in COMPANIONS:
                 if suffix in module:
-                    found = "no such tensor"
-                    raise _error(
-                        module[suffix], f"{name}.weight beside it", found, EXPORT_AGAIN
+                    expected, found = f"{name}.weight beside it", "no such tensor"
+                    yield _problem(
+                        "weight-missing", module[suffix], expected, found, EXPORT_AGAIN
                     )
+                    return
             return
-        layer = self.layer_config(name, module)
+        try:
+            layer = self.layer_config(name, module)
+        except ValueError as error:
+            yield Problem("experts-differ", name, error)
+            return
         if weight.dtype != "I8":
-            self._check_float(name, module, layer, linear)
+            yield from self._float_problems(name, module, layer)
             return
         last = name.rpartition(".")[2]
         if last in NEVER_QUANTIZED:
             remedy = f"{EXPORT_AGAIN} with {last!r} in exclude"
-            raise _error(
-                weight, f"a float {last}, which vLLM does not quantize", "I8", remedy
-            )
-        if layer is None:
+            expected = f"a float {last}, which vLLM does not quantize"
+            yield _problem("head-quantized", weight, expected, "I8", remedy)
+        elif layer is None:
             entry = self.exclude.match(name) or "its experts' entries"
             expected = f"a float weight, since exclude has {entry!r}"
             remedy = "delete that entry from config.json, or export again"
-            raise _error(weight, expected, "I8", remedy)
-        if not is_int8(layer):
-            dtype = (layer.get("weight") or {}).get("dtype")
-            raise _error(weight, f"{dtype} as config.json has it", "I8", EXPORT_AGAIN)
-        if problem := _scheme_problem(layer):
-            raise _error(weight, problem[0], problem[1], f"{EXPORT_AGAIN} with that")
-        self._check_int8(name, module, layer)
+            yield _problem("int8-excluded", weight, expected, "I8", remedy)
+        elif not is_int8(layer):
+            dtype = part_of(layer, "weight").get("dtype")
+            expected = f"{dtype} as config.json has it"
+            yield _problem("int8-unasked", weight, expected, "I8", EXPORT_AGAIN)
+        elif problem := _scheme_problem(layer):
+            remedy = f"{EXPORT_AGAIN} with that"
+            yield _problem("scheme-without-kernel", weight, *problem, remedy)
+        else:
+            yield from self._int8_problems(name, module, layer)
 
-    def _check_float(
-        self, name: str, module: Module, layer: Config | None, linear: set[str]
-    ) -> None:
+    def _float_problems(
+        self, name: str, module: Module, layer: Config | None
+    ) -> Iterator[Problem]:
         weight, last = module[WEIGHT], name.rpartition(".")[2]
         if not is_int8(layer) or last in NEVER_QUANTIZED:
             return
         beside = next((suffix for suffix in COMPANIONS if suffix in module), None)
-        if beside or (last in linear and len(weight.shape) > 1):
+        if beside or (last in self.linear_names and len(weight.shape) > 1):
             why = (
                 f"beside {name}.{beside}"
                 if beside
                 else "since exclude does not name it"
             )
             remedy = f"add {name!r} to exclude in config.json, or export again"
-            raise _error(weight, f"I8, {why}", weight.dtype, remedy)
+            yield _problem(
+                "float-not-excluded", weight, f"I8, {why}", weight.dtype, remedy
+            )
 
-    def _check_int8(self, name: str, module: Module, layer: Config) -> None:
+    def _int8_problems(
+        self, name: str, module: Module, layer: Config
+    ) -> Iterator[Problem]:
         weight = module[WEIGHT]
         rank = 3 if expert_of(name + ".") is None and len(weight.shape) == 3 else 2
         if len(weight.shape) != rank:
-            shape = "[N, K], or [E, N, K] for stacked experts"
-            raise _error(weight, shape, str(list(weight.shape)), EXPORT_AGAIN)
+            expected, found = "[N, K], or [E, N, K] for experts", list(weight.shape)
+            yield _problem(
+                "weight-misshapen", weight, expected, str(found), EXPORT_AGAIN
+            )
+            return
         experts = weight.shape[:-2]
         per_channel = layer["weight"]["qscheme"] == "per_channel"
         channels = weight.shape[:-1] if per_channel else experts
-        self._check_companion(name, module, SCALE, FLOATS, channels, required=True)
-        self._check_companion(name, module, ZERO_POINT, INTEGERS, channels)
         static = is_static(layer)
-        self._check_companion(
-            name, module, INPUT_SCALE, FLOATS, experts, required=static
-        )
-        self._check_companion(name, module, INPUT_ZERO_POINT, INTEGERS, experts)
+        for suffix, dtypes, shape, required in (
+            (SCALE, FLOATS, channels, True),
+            (ZERO_POINT, INTEGERS, channels, False),
+            (INPUT_SCALE, FLOATS, experts, static),
+            (INPUT_ZERO_POINT, INTEGERS, experts, False),
+        ):
+            if problem := _companion_problem(
+                name, module, suffix, dtypes, shape, required
+            ):
+                yield problem
+                return
         if not static and INPUT_SCALE in module:
             remedy = "correct input_tensors in config.json, or export again"
             expected = "none, since config.json has dynamic activations"
-            raise _error(module[INPUT_SCALE], expected, "a static scale", remedy)
+            tensor = module[INPUT_SCALE]
+            yield _problem(
+                "static-scale-of-dynamic", tensor, expected, "a static scale", remedy
+            )
 
-    def _check_companion(
-        self,
-        name: str,
-        module: Module,
-        suffix: str,
-        dtypes: tuple[str, ...],
-        shape: tuple[int, ...],
-        required: bool = False,
-    ) -> None:
-        """A scale or zero point: `shape`, or that with a last dimension of 1."""
-        tensor = module.get(suffix)
-        if tensor is None:
-            if required:
-                expected = f"{name}.{suffix} {list(shape)} beside it"
-                raise _error(module[WEIGHT], expected, "no such tensor", EXPORT_AGAIN)
-            return
-        if tensor.dtype not in dtypes:
-            raise _error(tensor, " or ".join(dtypes), tensor.dtype, EXPORT_AGAIN)
-        if tensor.shape not in (shape, (*shape, 1)) and not (
-            prod(shape) == 1 and tensor.shape in ((), (1,))
-        ):
-            expected = f"{list(shape)} or {[*shape, 1]} for {module[WEIGHT]}"
-            raise _error(tensor, expected, str(list(tensor.shape)), EXPORT_AGAIN)
-
-    def _check_experts(self) -> None:
+    def _experts_problems(self) -> Iterator[Problem]:
         """Every layer has all experts that config.json counts, and no more."""
-        expected = self.num_experts()
+        try:
+            expected, found_int8 = self.num_experts(), list(self.int8_modules())
+        except ValueError:
+            return  # a problem of a module, which is told there
         if expected is None:
             return
         experts: dict[str, dict[int, TensorInfo]] = defaultdict(dict)
-        for name, module, _ in self.int8_modules():
+        for name, module, _ in found_int8:
             weight = module[WEIGHT]
             if expert := expert_of(name + "."):
                 experts[expert[0]][expert[1]] = weight
             elif len(weight.shape) == 3 and weight.shape[0] != expected:
                 shape = f"{expected} experts, as config.json has it"
-                raise _error(weight, shape, str(weight.shape[0]), EXPORT_AGAIN)
+                yield _problem(
+                    "experts-miscounted",
+                    weight,
+                    shape,
+                    str(weight.shape[0]),
+                    EXPORT_AGAIN,
+                )
         for prefix, weights in experts.items():
             if differing := set(weights) ^ set(range(expected)):
                 wrong = min(differing)
                 how = "one too many" if wrong in weights else "missing"
                 every = f"experts 0 to {expected - 1}, as config.json has it"
                 found = f"{len(weights)}: {wrong} is {how}"
-                raise misfit(prefix, every, found, EXPORT_AGAIN)
+                error = misfit(prefix, every, found, EXPORT_AGAIN)
+                yield Problem("experts-miscounted", prefix, error)
+
+
+def _companion_problem(
+    name: str,
+    module: Module,
+    suffix: str,
+    dtypes: tuple[str, ...],
+    shape: tuple[int, ...],
+    required: bool,
+) -> Problem | None:
+    """Of a scale or zero point: it has `shape`, or that with a last dimension of 1."""
+    tensor = module.get(suffix)
+    if tensor is None:
+        if not required:
+            return None
+        expected = f"{name}.{suffix} {list(shape)} beside it"
+        found = "no such tensor"
+        return _problem("scale-missing", module[WEIGHT], expected, found, EXPORT_AGAIN)
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(dtypes)
+        return _problem(
+            "scale-of-other-dtype", tensor, expected, tensor.dtype, EXPORT_AGAIN
+        )
+    if tensor.shape not in (shape, (*shape, 1)) and not (
+        prod(shape) == 1 and tensor.shape in ((), (1,))
+    ):
+        expected = f"{list(shape)} or {[*shape, 1]} for {module[WEIGHT]}"
+        found = str(list(tensor.shape))
+        return _problem("scale-misshapen", tensor, expected, found, EXPORT_AGAIN)
+    return None

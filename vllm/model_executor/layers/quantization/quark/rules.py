@@ -31,7 +31,7 @@ def _pattern(entry: str) -> re.Pattern[str] | None:
         return None if is_name else re.compile(translate(entry))
     try:
         return re.compile(entry.removeprefix("re:"))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"the entry {entry!r} of the quantization config is no regular expression "
             f"({error}); expected a full name, a glob or re:<expression>; correct it "

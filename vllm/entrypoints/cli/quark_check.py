@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm quark-check`: say what will happen to a Quark INT8 checkpoint.
+
+Needs neither vLLM nor torch: in a checkout `python -m vllm.entrypoints.cli.quark_check`
+does the same, and so does `python <this file>` anywhere, beside any vLLM.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.cli.types import CLISubcommand
+else:
+    try:
+        from vllm.entrypoints.cli.types import CLISubcommand
+    except ImportError:
+        CLISubcommand = object
+
+ROOT = Path(__file__).resolve().parents[3]
+QUARK = "vllm.model_executor.layers.quantization.quark"
+DESCRIPTION = (
+    "Say what vLLM makes of a Quark INT8 checkpoint, from its config, index and "
+    "safetensors headers. Exit status: 0 fine, 1 answers are wrong on some vLLM or "
+    "this fork refuses it, 2 it cannot be read."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a folder, or owner/name on Hugging Face")
+    parser.add_argument("--revision", help="branch, tag or commit of owner/name")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--layers", action="store_true", help="a line for each layer")
+    parser.add_argument(
+        "--verbose", action="store_true", help="zero points, schemes and kernels too"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the report; returns the exit status."""
+    # Imported late: `vllm` imports the modules of all its commands.
+    from vllm.model_executor.layers.quantization.quark.quark_check import run
+
+    return run.run(args)
+
+
+class QuarkCheckSubcommand(CLISubcommand):
+    """The `quark-check` subcommand for the vLLM CLI."""
+
+    name = "quark-check"
+
+    @staticmethod
+    def cmd(args: argparse.Namespace) -> None:
+        sys.exit(main(args))
+
+    def validate(self, args: argparse.Namespace) -> None:
+        pass
+
+    def subparser_init(
+        self, subparsers: argparse._SubParsersAction
+    ) -> argparse.ArgumentParser:
+        parser = subparsers.add_parser(
+            "quark-check",
+            help="Say what vLLM makes of a Quark INT8 checkpoint.",
+            description=DESCRIPTION,
+            usage="vllm quark-check <folder or owner/name> [options]",
+        )
+        add_arguments(parser)
+        return parser
+
+
+def cmd_init() -> list[CLISubcommand]:
+    return [QuarkCheckSubcommand()]
+
+
+def _stand_alone() -> None:
+    """Make the packages above this command's files without running upstream's code,
+    which needs torch and may be that of another release."""
+    if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+        sys.path.pop(0)  # its modules have names such as `types`
+    folder, name = ROOT, ""
+    for part in QUARK.split("."):
+        folder, name = folder / part, f"{name}.{part}".lstrip(".")
+        package = ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules.setdefault(name, package)
+
+
+if __name__ == "__main__":
+    _stand_alone()
+    stand_alone_parser = argparse.ArgumentParser(
+        prog="quark-check", description=DESCRIPTION
+    )
+    add_arguments(stand_alone_parser)
+    sys.exit(main(stand_alone_parser.parse_args()))
