@@ -80,10 +80,12 @@ def quantization_config(model: Mapping[str, Any]) -> Config | None:
 def open_checkpoint(folder: Path, files: Files | None = None) -> Checkpoint:
     """Read config.json, the index and the headers. Raises CheckpointError."""
     files = files or LocalFiles(folder)
-    if files.__class__ is LocalFiles and not folder.is_dir():
-        remedy = "give a folder, or the name of a repository as owner/name"
-        raise misfit(folder, "the folder of a checkpoint", "no such folder", remedy)
-    if CONFIG not in files.sizes():
+    try:
+        names = files.sizes()
+    except OSError as error:
+        remedy = "give the folder of a checkpoint, or owner/name on Hugging Face"
+        raise misfit(folder, "a readable folder", str(error), remedy) from None
+    if CONFIG not in names:
         remedy = "give the folder of a checkpoint as Hugging Face has it"
         raise misfit(folder, f"{CONFIG} in it", "none", remedy)
     model = read_json(folder / CONFIG, "the config", files)
@@ -91,15 +93,16 @@ def open_checkpoint(folder: Path, files: Files | None = None) -> Checkpoint:
     if not tensors:
         expected = f"{INDEX} or *.safetensors in it"
         raise misfit(folder, expected, "neither", "download the weights as well")
+    name = folder.resolve().name if isinstance(files, LocalFiles) else str(folder)
     config = quantization_config(model)
     if config is None or config.get("quant_method") != "quark":
-        return Checkpoint(folder.name, tensors, model, None)
+        return Checkpoint(name, tensors, model, None)
     try:
         check_config(config)
     except ValueError as error:
-        return Checkpoint(folder.name, tensors, model, None, error)
+        return Checkpoint(name, tensors, model, None, error)
     layout = Layout(tensors, config, model) if has_int8(config) else None
-    return Checkpoint(folder.name, tensors, model, layout)
+    return Checkpoint(name, tensors, model, layout)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
     Judgement,
-    Verdict,
     facts_file,
 )
 
@@ -167,7 +166,7 @@ def show(
     kinds = by_layer(report.kinds) if layers else report.kinds
     console.print(_modules(kinds, console, verbose))
     _show_findings(report.findings, console)
-    console.print(_verdicts(report.judgement.verdicts, console))
+    console.print(_verdicts(report, console))
 
 
 def _table(console: Console, *columns: str) -> Table:
@@ -245,10 +244,12 @@ def _show_findings(findings: list[Finding], console: Console) -> None:
         console.print()
 
 
-def _verdicts(verdicts: list[Verdict], console: Console) -> Table:
-    table = _table(console, "vLLM", "this checkpoint", "because")
-    for verdict in verdicts:
-        because = "; ".join(each.id for each in verdict.because)
+def _verdicts(report: Report, console: Console) -> Table:
+    table = _table(console, "vLLM", "this checkpoint", "because of")
+    for verdict in report.judgement.verdicts:
+        because = ", ".join(
+            f"{report.findings.index(each) + 1} {each.id}" for each in verdict.because
+        )
         word = Text(_WORDS[verdict.outcome], _STYLES[verdict.outcome])
         name = verdict.target
         name = name if name.startswith("this fork") else f"stock {name}"

@@ -5,7 +5,11 @@ import argparse
 import json
 from pathlib import Path
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import CheckpointError
+from vllm.model_executor.layers.quantization.quark.checkpoint import (
+    CheckpointError,
+    Files,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.hub import find
 from vllm.model_executor.layers.quantization.quark.quark_check.limits import bounded
 from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
     make_plan,
@@ -23,10 +27,10 @@ from vllm.model_executor.layers.quantization.quark.quark_check.report import (
 )
 
 
-def check(folder: Path) -> Report:
+def check(folder: Path, files: Files | None = None) -> Report:
     """The report about the checkpoint of a folder. Raises CheckpointError."""
     with bounded(folder):
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder, files)
         judgement = judge(checkpoint)
         kinds = make_plan(checkpoint)
     return Report(checkpoint, kinds, judgement, judgement.findings)
@@ -36,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the report that the arguments ask for; returns the exit status."""
     console = make_console()
     try:
-        report = check(Path(args.model))
+        report = check(*find(args.model, args.revision))
     except CheckpointError as error:
         if args.json:
             print(json.dumps(error_json(error), indent=2))
