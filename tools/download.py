@@ -57,7 +57,7 @@ def fetch(wheel: BaseWheel, location: str | None = None) -> Path:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        _download(location or _index_url(wheel.filename), part)
+        _download(location or index_url(wheel.filename), part)
         try:
             _check(part, wheel.sha256)
         except ForkError:
@@ -82,7 +82,7 @@ def _check(path: Path, expected: str | None) -> None:
         )
 
 
-def _index_url(filename: str) -> str:
+def index_url(filename: str) -> str:
     """URL of a file on the package index that pip is configured for."""
     project = parse_wheel_filename(filename)[0]
     try:

@@ -187,7 +187,7 @@ def test_index_lookup(server: SimpleNamespace, tmp_path: Path, monkeypatch):
     def urls(filename: str) -> str:
         server.content = page
         try:
-            return download._index_url(filename)
+            return download.index_url(filename)
         finally:
             server.content = content
 

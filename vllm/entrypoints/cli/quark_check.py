@@ -7,17 +7,13 @@ does the same, and so does `python <this file>` anywhere, beside any vLLM.
 
 import argparse
 import sys
+import typing
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING or __name__ != "__main__":
     from vllm.entrypoints.cli.types import CLISubcommand
 else:
-    try:
-        from vllm.entrypoints.cli.types import CLISubcommand
-    except ImportError:
-        CLISubcommand = object
+    CLISubcommand = object  # of an upstream that may not be there
 
 ROOT = Path(__file__).resolve().parents[3]
 QUARK = "vllm.model_executor.layers.quantization.quark"
@@ -83,7 +79,7 @@ def _stand_alone() -> None:
     folder, name = ROOT, ""
     for part in QUARK.split("."):
         folder, name = folder / part, f"{name}.{part}".lstrip(".")
-        package = ModuleType(name)
+        package = type(sys)(name)
         package.__path__ = [str(folder)]
         sys.modules.setdefault(name, package)
 

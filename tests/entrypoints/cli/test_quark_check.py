@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm quark-check`: the report of every export of the matrix, and the command."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from vllm.model_executor.layers.quantization.quark.quark_check import releases, run
+from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
+    SEVERITIES,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.releases import FORK_CPU
+
+from tests.fixtures.cells import CELLS, FIXTURES, Cell
+
+ROOT = Path(__file__).resolve().parents[3]
+COMMAND = ROOT / "vllm/entrypoints/cli/quark_check.py"
+BASE = FIXTURES / "step3p5-tiny/int8-per-expert"
+# The release that docs/matrix.md ran as stock.
+MEASURED = "0.20.0-0.21.0"
+
+OLD = "int8-experts-unknown per-token-unknown"
+OLD_STATIC = "int8-experts-unknown"
+NOTE = "expert-scale-vectors"
+USUAL = f"exclude-fused {OLD} {NOTE}"
+# Cell -> its findings, worst first, and what stock 0.22 and this fork on a GPU make of
+# it. What stock 0.20.2 and this fork on a CPU make of it was measured: see the tests.
+REPORTS: dict[str, tuple[str, str, str]] = {
+    "int8-per-expert": (USUAL, "right", "right"),
+    "int8-3key": (USUAL, "right", "right"),
+    "weight-per-tensor": (
+        f"expert-tensor-scales exclude-fused {OLD}",
+        "wrong",
+        "right",
+    ),
+    "act-per-tensor": (
+        f"exclude-fused scheme-without-kernel {OLD} {NOTE}",
+        "refused",
+        "refused",
+    ),
+    "act-static": (
+        f"expert-static-channels exclude-fused {OLD_STATIC} {NOTE} zero-points-stored",
+        "wrong",
+        "refused",
+    ),
+    "weight-per-tensor-act-static": (
+        f"exclude-fused {OLD_STATIC} zero-points-stored",
+        "right",
+        "right",
+    ),
+    "act-static-without-scales": (
+        f"scale-missing expert-static-channels exclude-fused {OLD_STATIC} {NOTE}",
+        "wrong",
+        "refused",
+    ),
+    "weight-asymmetric": (
+        f"exclude-fused scheme-without-kernel {OLD} {NOTE} zero-points-stored",
+        "refused",
+        "refused",
+    ),
+    "act-asymmetric": (USUAL, "right", "right"),
+    "act-static-asymmetric": (
+        f"expert-static-channels expert-zero-points exclude-fused {OLD_STATIC} {NOTE} "
+        "zero-points-stored",
+        "wrong",
+        "refused",
+    ),
+    "shared-quantized": (USUAL, "right", "right"),
+    "dense-quantized": (USUAL, "right", "right"),
+    "lm-head-quantized": (
+        f"exclude-fused head-quantized {OLD} {NOTE}",
+        "refused",
+        "refused",
+    ),
+    "all-quantized": (f"head-quantized {OLD} {NOTE}", "refused", "refused"),
+    "attention-excluded": (f"exclude-fused {OLD_STATIC} {NOTE}", "right", "right"),
+    "layer-override": (USUAL, "right", "right"),
+    "layer-type-override": (
+        f"exclude-fused {OLD} override-unread {NOTE} zero-points-stored",
+        "refused",
+        "right",
+    ),
+    "exclude-glob": (f"exclude-patterns {OLD} {NOTE}", "wrong", "right"),
+    "exclude-regex": (f"exclude-fused exclude-patterns {OLD} {NOTE}", "wrong", "right"),
+    "exclude-forgotten": (
+        f"float-not-excluded exclude-fused {OLD} {NOTE}",
+        "wrong",
+        "refused",
+    ),
+    "scales-bfloat16": (f"{USUAL} zero-points-stored", "right", "right"),
+    "scales-float16": (USUAL, "right", "right"),
+    "scales-columns": (
+        f"exclude-fused {OLD} scale-columns expert-scale-columns",
+        "refused",
+        "right",
+    ),
+    "3key-scales-columns": (
+        f"exclude-fused {OLD} scale-columns expert-scale-columns",
+        "refused",
+        "right",
+    ),
+    "3key-weight-per-tensor": (
+        f"expert-tensor-scales exclude-fused {OLD}",
+        "wrong",
+        "right",
+    ),
+    "scale-missing": (f"scale-missing {USUAL}", "wrong", "refused"),
+    "sharded": (USUAL, "right", "right"),
+    "qwen2-moe-tiny-int8-per-expert": (f"{OLD} {NOTE}", "right", "right"),
+}
+OUTCOMES = {"garbage": "wrong", "right": "right", "refused": "refused"}
+
+
+def measured_on_stock() -> dict[str, str]:
+    """Cell -> what stock 0.20.2 made of it, from the page that `make matrix` wrote."""
+    row = re.compile(r"\| `([^`]+)` \|.*\| (?:quark|hand) \| (\w+) \| \w+ \|")
+    found = map(row.match, (ROOT / "docs/matrix.md").read_text().splitlines())
+    return {each[1]: OUTCOMES[each[2]] for each in found if each}
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [sys.executable, str(COMMAND), str(folder), *more]
+
+
+def called(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        args, capture_output=True, text=True, env=os.environ | environment, timeout=120
+    )
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.key)
+def test_report(cell: Cell, tmp_path: Path):
+    report = run.check(cell.write(tmp_path / cell.key))
+    findings, on_0_22, on_gpu = REPORTS[cell.key]
+    assert [each.id for each in report.findings] == findings.split()
+    verdicts = {each.target: each.outcome for each in report.judgement.verdicts}
+    assert verdicts == {
+        "0.19": "refused",
+        MEASURED: measured_on_stock()[cell.key],
+        "0.22 and later": on_0_22,
+        "this fork, GPU": on_gpu,
+        FORK_CPU: cell.expected,
+    }
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.key)
+def test_what_stock_answers_wrong_is_an_error(cell: Cell, tmp_path: Path):
+    """The status says so, and a finding names what mends it."""
+    report = run.check(cell.write(tmp_path / cell.key))
+    if measured_on_stock()[cell.key] == "wrong":
+        assert report.exit_status == 1
+        wrong = [each for each in report.findings if each.severity == "wrong"]
+        assert wrong and all(each.remedy and each.tensors for each in wrong)
+        if cell.expected == "right":
+            assert all(re.search(r"patch 00\d\d|a CPU", each.remedy) for each in wrong)
+    elif measured_on_stock()[cell.key] == "right":
+        assert report.exit_status == 0
+
+
+def test_every_cell_has_a_report():
+    assert set(REPORTS) == {cell.key for cell in CELLS} == set(measured_on_stock())
+
+
+def test_worst_first(tmp_path: Path):
+    for cell in CELLS:
+        findings = run.check(cell.write(tmp_path / cell.key)).findings
+        ranks = [SEVERITIES.index(each.severity) for each in findings]
+        assert ranks == sorted(ranks)
+
+
+# --- the command ----------------------------------------------------------------------
+
+
+def test_plain_text_when_not_a_terminal():
+    said = called(*arguments(BASE))
+    assert said.returncode == 1, said.stderr
+    assert said.stdout.isascii() and "\x1b" not in said.stdout
+    for words in (
+        "Step3p5ForCausalLM",
+        "layers 2-3 x 16 experts",
+        "1. wrong: vLLM 0.20.0-0.21.0 would read shared experts and dense layers as "
+        "INT8: garbage",
+        "patch 0003",
+        "stock 0.20.0-0.21.0  | garbage",
+        "this fork, CPU       | right",
+    ):
+        assert words in said.stdout
+    assert max(map(len, said.stdout.splitlines())) <= 120
+
+
+def test_colour_is_not_needed():
+    """What a terminal shows in colour is the same words."""
+    plain = called(*arguments(BASE)).stdout
+    colour = called(
+        *arguments(BASE), FORCE_COLOR="1", TERM="xterm-256color", COLUMNS="120"
+    )
+    assert "\x1b[" in colour.stdout
+    words = re.sub(r"\x1b\[[\d;]*m", "", colour.stdout)
+    assert set(re.findall(r"\w+", plain)) == set(re.findall(r"\w+", words))
+
+
+def test_layers_and_verbose():
+    plain, layers, verbose = (
+        called(*arguments(BASE, *more)).stdout
+        for more in ([], ["--layers"], ["--verbose"])
+    )
+    assert "layers 0-3" in plain and "layers 0-3" not in layers
+    assert "layer 3 x 16 experts" in layers
+    assert (
+        "CutlassInt8ScaledMMLinearKernel" in " ".join(verbose.split()).replace(" ", "")
+        or "Cutlass" in verbose
+    )
+    assert "Cutlass" not in plain
+
+
+def test_json():
+    said = called(*arguments(BASE, "--json"))
+    report = json.loads(said.stdout)
+    assert said.returncode == report["exit_status"] == 1
+    assert set(report) == {
+        *("version", "model", "architecture", "quantization", "bytes", "files"),
+        *("tensors", "modules", "findings", "verdicts", "deep", "exit_status"),
+    }
+    assert report["version"] == 1
+    assert report["model"] == "int8-per-expert"
+    assert report["tensors"] == 263 and report["files"] == 1
+    [experts] = [
+        each
+        for each in report["modules"]
+        if each["name"] == "model.layers.*.moe.experts.*.down_proj"
+    ]
+    assert experts == {
+        "name": "model.layers.*.moe.experts.*.down_proj",
+        "count": 32,
+        "layers": [2, 3],
+        "experts": 16,
+        "reads": "INT8",
+        "rule": "global_quant_config",
+        "scheme": "weights per channel; activations per token",
+        "stored": "I8 [128, 64]",
+        "scales": "F32 [N]",
+        "zero_points": "",
+        "kernels": releases.facts_file()["kernel"]["experts"],
+    }
+    assert sum(each["count"] for each in report["modules"]) == len(
+        {name.rpartition(".")[0] for name in tensor_names(BASE)}
+    )
+    assert report["findings"][0]["id"] == "exclude-fused"
+    assert report["findings"][0]["count"] == 8
+    assert report["verdicts"][1] == {
+        "vllm": MEASURED,
+        "outcome": "wrong",
+        "because": ["exclude-fused"],
+    }
+
+
+def tensor_names(folder: Path) -> list[str]:
+    data = (folder / "model.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return [name for name in header if name != "__metadata__"]
+
+
+def test_nothing_to_read(tmp_path: Path):
+    said = called(*arguments(tmp_path / "no/such"))
+    assert said.returncode == 2
+    assert said.stdout.startswith("error: ") and said.stderr == ""
+    said = called(*arguments(tmp_path, "--json"))
+    assert said.returncode == 2
+    report = json.loads(said.stdout)
+    assert report["exit_status"] == 2 and "config.json" in report["error"]
+
+
+def test_needs_neither_torch_nor_vllm():
+    """The very file, run beside whatever vLLM is installed, imports none of it."""
+    heavy = ("torch", "numpy", "safetensors", "transformers", "huggingface_hub")
+    code = (
+        "import json, runpy, sys\n"
+        f"sys.argv = ['quark-check', {str(BASE)!r}, '--json']\n"
+        f"sys.path.insert(0, {str(COMMAND.parent)!r})\n"
+        "try:\n"
+        f"    runpy.run_path({str(COMMAND)!r}, run_name='__main__')\n"
+        "except SystemExit as ended:\n"
+        f"    heavy = set({heavy!r}) & set(sys.modules)\n"
+        "    files = {getattr(sys.modules[n], '__file__', None) or '' for n in "
+        "list(sys.modules) if n.split('.')[0] == 'vllm'}\n"
+        "    print(json.dumps([ended.code, sorted(heavy), sorted(files)]),"
+        " file=sys.stderr)\n"
+    )
+    said = called(sys.executable, "-c", code)
+    status, imported, files = json.loads(said.stderr)
+    assert status == 1 and json.loads(said.stdout)["version"] == 1
+    assert not imported
+    assert all(file == "" or Path(file).is_relative_to(ROOT / "vllm") for file in files)
+
+
+def test_as_a_module_of_a_checkout(tmp_path: Path):
+    """`python -m` where no vLLM is installed: here, where its packages are not seen."""
+    import rich
+
+    site = Path(rich.__file__).parents[1]
+    for name in ("rich", "pygments", "markdown_it", "mdurl"):
+        if (site / name).is_dir():
+            (tmp_path / name).symlink_to(site / name)
+    said = subprocess.run(
+        [sys.executable, "-S", "-m", "vllm.entrypoints.cli.quark_check", str(BASE)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert said.returncode == 1, said.stderr
+    assert "exclude-fused" in said.stdout
+
+
+def test_as_a_command_of_vllm():
+    """Upstream's command line knows it."""
+    vllm = Path(sysconfig.get_path("scripts")) / "vllm"
+    said = called(str(vllm), "quark-check", str(BASE), "--json")
+    assert said.returncode == 1, said.stderr[-2000:]
+    report = said.stdout[said.stdout.index("{") :]
+    assert json.loads(report)["findings"][0]["id"] == "exclude-fused"
