@@ -234,11 +234,16 @@ def read_index(file: Path, files: Files | None = None) -> dict[str, str]:
     weight_map = read_json(file, "the index", files).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise misfit(file, "a weight_map", f"{weight_map!r:.100}", DOWNLOAD_AGAIN)
+    known: set[str] = set()
     for name, shard in weight_map.items():
+        if isinstance(shard, str) and shard in known:
+            continue
         plain = (
             isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
         )
-        if not plain or not shard.endswith(".safetensors"):
+        if plain and shard.endswith(".safetensors"):
+            known.add(shard)
+        else:
             expected = f"the name of a safetensors file beside it for {name!r}"
             raise misfit(file, expected, f"{shard!r:.200}", DOWNLOAD_AGAIN)
     return weight_map

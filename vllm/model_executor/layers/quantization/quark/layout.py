@@ -214,6 +214,8 @@ class Layout:
         self.depth = depth if isinstance(depth, int) else None
         self.modules = modules_of(tensors.values())
         self._experts: dict[str, Config | None] = {}
+        # Asked for many times: of each module once.
+        self._prefixes: dict[str, str | None] = {}
 
     def is_loaded(self, name: str) -> bool:
         """False for layers after the last, which hold multi-token prediction."""
@@ -222,11 +224,15 @@ class Layout:
 
     def experts_prefix(self, name: str, module: Module) -> str | None:
         """vLLM's name of the fused experts that this module is a part of, if any."""
-        if expert := expert_of(name + "."):
-            return expert[0]
-        weight = module.get(WEIGHT)
-        stacked = weight is not None and len(weight.shape) == 3
-        return f"{name.rpartition('.')[0]}.experts" if stacked else None
+        if name not in self._prefixes:
+            weight = module.get(WEIGHT)
+            stacked = weight is not None and len(weight.shape) == 3
+            if expert := expert_of(f"{name}."):
+                self._prefixes[name] = expert[0]
+            else:
+                parent = name.rpartition(".")[0]
+                self._prefixes[name] = f"{parent}.experts" if stacked else None
+        return self._prefixes[name]
 
     def layer_config(self, name: str, module: Module) -> Config | None:
         """How vLLM quantizes this module by the config; None where it is excluded."""
