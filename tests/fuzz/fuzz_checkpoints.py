@@ -50,9 +50,9 @@ FAILURES = {
 }
 
 
-def start_worker(seeds: list[int]) -> subprocess.Popen[str]:
+def start_worker(seeds: list[int], worker: list[str]) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        WORKER,
+        worker,
         cwd=ROOT,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "VLLM_LOGGING_LEVEL": "ERROR"},
         stdin=subprocess.PIPE,
@@ -66,13 +66,13 @@ def start_worker(seeds: list[int]) -> subprocess.Popen[str]:
     return process
 
 
-def load_all(seeds: list[int]) -> Iterator[Outcome]:
+def load_all(seeds: list[int], worker: list[str]) -> Iterator[Outcome]:
     """Load mutations one after the other; start again after one that ends the process.
 
     Exits where a worker does not start.
     """
     while seeds:
-        process = start_worker(seeds[:RESTART_AFTER])
+        process = start_worker(seeds[:RESTART_AFTER], worker)
         hung, begun, said = Event(), None, None
 
         def end(process: subprocess.Popen[str] = process, hung: Event = hung) -> None:
@@ -98,25 +98,33 @@ def load_all(seeds: list[int]) -> Iterator[Outcome]:
             how = "hang" if hung.is_set() else "crash"
             yield {"seed": begun, "mutation": "", "outcome": how, "error": ""}
         elif said is None:
-            sys.exit("error: no worker starts; `python -m tests.fuzz.load` says why")
+            sys.exit(f"error: no worker starts; `{' '.join(worker)}` says why")
 
 
-def fuzz(seeds: list[int], num_workers: int = NUM_WORKERS) -> list[Outcome]:
-    """Outcome of each seed, as load.py writes it."""
+def fuzz(
+    seeds: list[int], num_workers: int = NUM_WORKERS, worker: list[str] | None = None
+) -> list[Outcome]:
+    """Outcome of each seed, as the worker writes it; load.py if it is None."""
+    command = worker or WORKER
     shares = [seeds[start::num_workers] for start in range(num_workers)]
     with ThreadPoolExecutor(num_workers) as threads:
-        outcomes = threads.map(lambda share: list(load_all(share)), shares)
+        outcomes = threads.map(lambda share: list(load_all(share, command)), shares)
         return sorted(chain(*outcomes), key=lambda outcome: outcome["seed"])
 
 
-def show(outcomes: list[Outcome], console: Console) -> bool:
+def show(
+    outcomes: list[Outcome],
+    console: Console,
+    classes: dict[str, str] = CLASSES,
+    failures_of: dict[str, str] = FAILURES,
+) -> bool:
     """Print how often each class was met; whether there was no failure."""
     counts = Counter(outcome["outcome"] for outcome in outcomes)
     table = Table("class", "count", "what")
-    for name, what in (CLASSES | FAILURES).items():
+    for name, what in (classes | failures_of).items():
         table.add_row(name, str(counts[name]), what)
     console.print(table)
-    failures = [outcome for outcome in outcomes if outcome["outcome"] in FAILURES]
+    failures = [outcome for outcome in outcomes if outcome["outcome"] in failures_of]
     for failure in failures:
         console.print(
             f"seed {failure['seed']}, {failure['outcome']}: {failure['mutation']} "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vllm.model_executor.layers.quantization.quark.checkpoint import misfit
 
-SECONDS = 60
+SECONDS = 60.0
 NUM_BYTES = 4 << 30
 
 
@@ -31,7 +31,7 @@ def bounded(what: object) -> Generator[None, None, None]:
         with _alarm(), _address_space():
             yield
     except _TooLong:
-        expected = f"an answer within {SECONDS} s"
+        expected = f"an answer within {SECONDS:g} s"
         raise misfit(what, expected, "none", remedy) from None
     except MemoryError:
         expected = f"to get by with {NUM_BYTES >> 30} GiB of memory"

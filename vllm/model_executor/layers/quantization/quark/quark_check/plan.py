@@ -99,9 +99,9 @@ def open_checkpoint(folder: Path, files: Files | None = None) -> Checkpoint:
         return Checkpoint(name, tensors, model, None)
     try:
         check_config(config)
+        layout = Layout(tensors, config, model) if has_int8(config) else None
     except ValueError as error:
         return Checkpoint(name, tensors, model, None, error)
-    layout = Layout(tensors, config, model) if has_int8(config) else None
     return Checkpoint(name, tensors, model, layout)
 
 

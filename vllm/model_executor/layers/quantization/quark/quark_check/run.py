@@ -2,7 +2,9 @@
 """`vllm quark-check`: from the arguments to the report."""
 
 import argparse
+import io
 import json
+import sys
 from pathlib import Path
 
 from vllm.model_executor.layers.quantization.quark.checkpoint import (
@@ -38,6 +40,9 @@ def check(folder: Path, files: Files | None = None) -> Report:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report that the arguments ask for; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names may have characters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = make_console()
     try:
         report = check(*find(args.model, args.revision))
