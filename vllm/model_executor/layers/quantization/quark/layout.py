@@ -53,6 +53,12 @@ NUM_EXPERTS = (
     "num_local_experts",
     "n_routed_experts",
 )
+# vLLM's names of what it fuses -> the names in a checkpoint. Models that do not tell
+# vLLM so match exclude by the fused names alone.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 # Far beyond any real model: the config of a stranger's checkpoint may say anything.
 MAX_EXPERTS = 100_000
 EXPORT_AGAIN = "export the checkpoint again"
@@ -145,6 +151,20 @@ def expert_of(name: str) -> tuple[str, int] | None:
     """(`model.layers.3.moe.experts`, 7) for a name below that expert, else None."""
     found = _EXPERT.match(name)
     return (found["prefix"], int(found["expert"])) if found else None
+
+
+def fused_names(modules: Iterable[str]) -> list[str]:
+    """vLLM's names of what it fuses from these modules, but for experts."""
+    known = set(modules)
+    found = []
+    for fused, shards in FUSED.items():
+        for name in sorted(known):
+            parent, _, last = name.rpartition(".")
+            if last != shards[0] or expert_of(name):
+                continue
+            if all(f"{parent}.{shard}" in known for shard in shards):
+                found.append(f"{parent}.{fused}")
+    return found
 
 
 def first_value(config: Mapping[str, Any], *keys: str) -> Any:
@@ -311,6 +331,14 @@ class Layout:
             if WEIGHT in module and module[WEIGHT].dtype == "I8"
         }
 
+    def must_be_zero(self, name: str, module: Module, suffix: str) -> bool:
+        """Whether this is a zero point that kernels ignore: of linear layers they read
+        that of static activations."""
+        if suffix != INPUT_ZERO_POINT or self.experts_prefix(name, module) is not None:
+            return suffix in (ZERO_POINT, INPUT_ZERO_POINT)
+        inputs = part_of(self.layer_config(name, module) or {}, "input_tensors")
+        return inputs.get("symmetric") is not False
+
     def check(self) -> None:
         """Raise CheckpointError, or ValueError for the config, for the first misfit."""
         for problem in self.problems():
@@ -335,6 +363,8 @@ class Layout:
         prefixes = {self.experts_prefix(*item) for item in self.modules.items()}
         known = names | stacked | {prefix for prefix in prefixes if prefix}
         is_first = True
+        # An entry for what is fused does no harm beside those of its parts.
+        known.update(fused_names(filter(self.exclude.match, names)))
         for entry in self.config["exclude"]:
             if entry in known:
                 continue

@@ -35,7 +35,6 @@ from vllm.model_executor.layers.quantization.quark.layout import (
     COMPANIONS,
     EXPORT_AGAIN,
     INPUT_SCALE,
-    INPUT_ZERO_POINT,
     SCALE,
     WEIGHT,
     ZERO_POINT,
@@ -113,15 +112,12 @@ def check_folder(
 def _check_values(layout: Layout) -> None:
     """Scales are finite and above zero, ignored zero points are zero."""
     by_file: dict[Path, list[tuple[TensorInfo, str, bool]]] = defaultdict(list)
-    for name, module, layer in layout.int8_modules():
-        # Of linear layers, kernels read the zero point of static activations.
-        inputs = layer.get("input_tensors") or {}
+    for name, module, _ in layout.int8_modules():
         fused = layout.experts_prefix(name, module) is not None
-        read = not fused and inputs.get("symmetric") is False
         for suffix in COMPANIONS:
-            if (tensor := module.get(suffix)) and not (
-                suffix == INPUT_ZERO_POINT and read
-            ):
+            is_scale = suffix in (SCALE, INPUT_SCALE)
+            is_checked = is_scale or layout.must_be_zero(name, module, suffix)
+            if (tensor := module.get(suffix)) and is_checked:
                 by_file[tensor.file].append((tensor, suffix, fused))
     for file, found in by_file.items():
         with safe_open(file, framework="pt") as stream:
