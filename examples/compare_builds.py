@@ -79,8 +79,11 @@ def ask(
     checkpoints: Mapping[str, Path],
     prompts: Sequence[Sequence[int]],
     package: Path | None,
+    script: Path = SCRIPT,
 ) -> Generator[tuple[str, Answers], None, None]:
     """Names and answers of the checkpoints by a build, in order, as they come.
+
+    `script` is ask_checkpoints.py, or does the same in another way.
 
     Where a checkpoint ends the process, its answer is an error and another process goes
     on with the rest.
@@ -99,7 +102,7 @@ def ask(
         )
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, SCRIPT, job, folder],
+                [sys.executable, script, job, folder],
                 env=environment(package),
                 stdout=file,
                 stderr=subprocess.STDOUT,
