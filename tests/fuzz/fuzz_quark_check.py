@@ -48,11 +48,13 @@ FAILURES = {
 
 def report(folder: Path, as_json: bool) -> tuple[int, str]:
     """Status and output."""
+    from vllm.entrypoints.cli.quark_check import add_arguments
     from vllm.model_executor.layers.quantization.quark.quark_check import run
 
-    arguments = argparse.Namespace(
-        model=str(folder), revision=None, json=as_json, layers=False, verbose=True
-    )
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    more = ["--json"] if as_json else ["--verbose"]
+    arguments = parser.parse_args([str(folder), *more])
     with contextlib.redirect_stdout(io.StringIO()) as output:
         status = run.run(arguments)
     return status, output.getvalue()

@@ -224,7 +224,8 @@ def test_json():
     assert said.returncode == report["exit_status"] == 1
     assert set(report) == {
         *("version", "model", "architecture", "quantization", "bytes", "files"),
-        *("tensors", "modules", "findings", "verdicts", "deep", "exit_status"),
+        *("tensors", "modules", "findings", "verdicts", "deep", "fix"),
+        "exit_status",
     }
     assert report["version"] == 1
     assert report["model"] == "int8-per-expert"

@@ -17,6 +17,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[3]
 QUARK = "vllm.model_executor.layers.quantization.quark"
+LAYOUTS = ("quark", "stacked", "per-expert", "compressed-tensors")
 DESCRIPTION = (
     "Say what vLLM makes of a Quark INT8 checkpoint, from its config, index and "
     "safetensors headers. Exit status: 0 fine, 1 answers are wrong on some vLLM or "
@@ -31,6 +32,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", action="store_true", help="a line for each layer")
     parser.add_argument(
         "--verbose", action="store_true", help="zero points, schemes and kernels too"
+    )
+    parser.add_argument(
+        "--deep", action="store_true", help="read the tensors too; needs numpy"
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FOLDER",
+        help="with --deep: compare with this float checkpoint",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="a histogram of the errors against --reference; needs matplotlib",
+    )
+    parser.add_argument(
+        "--fix", type=Path, metavar="OUT", help="write a mended checkpoint to OUT"
+    )
+    parser.add_argument(
+        "--fix-layout",
+        choices=LAYOUTS,
+        help="what --fix writes: default is quark where that mends the checkpoint, "
+        "else compressed-tensors",
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from vllm.model_executor.layers.quantization.quark.layout import (
     COMPANIONS,
     EXPORT_AGAIN,
+    FUSED,
     INPUT_ZERO_POINT,
     SCALE,
     WEIGHT,
@@ -147,9 +148,17 @@ class Judgement:
         return "wrong" not in worst and not refused.issuperset(FORK)
 
 
-def judge(checkpoint: Checkpoint) -> Judgement:
-    """Everything that the headers tell."""
+# What headers can only suspect, and what --deep finds that this fork refuses.
+_SUSPICIONS = ("expert-zero-points", "zero-points-stored")
+_REFUSED_WHEN_READ = ("non-finite", "scale-not-positive", "zero-point-not-zero")
+
+
+def judge(checkpoint: Checkpoint, deep: Iterable[Finding] | None = None) -> Judgement:
+    """Everything that the headers tell, and what --deep found in the tensors."""
     issues = list(_issues(checkpoint))
+    if deep is not None:
+        issues = [each for each in issues if each.finding.id not in _SUSPICIONS]
+        issues += map(_deep_issue, deep)
     verdicts = []
     for target in targets():
         met = {issue.outcomes.get(target, "right") for issue in issues}
@@ -163,6 +172,15 @@ def judge(checkpoint: Checkpoint) -> Judgement:
         )
         verdicts.append(Verdict(target, outcome, because))
     return Judgement(worst_first(issue.finding for issue in issues), verdicts)
+
+
+def _deep_issue(found: Finding) -> Issue:
+    if found.severity != "wrong":
+        return Issue(found, {})
+    refused = found.id in _REFUSED_WHEN_READ
+    return Issue(
+        found, _on(_stock(), "wrong") | _on(FORK, "refused" if refused else "wrong")
+    )
 
 
 def _on(names: Iterable[str], outcome: Outcome) -> dict[str, Outcome]:
@@ -486,7 +504,7 @@ class _Stock:
         self.entries = Entries.of(self._rename(entry) for entry in entries)
         self.shard_of = {
             shard: (fused, shards)
-            for fused, shards in facts_file()["fused"].items()
+            for fused, shards in FUSED.items()
             for shard in shards
         }
 

@@ -52,18 +52,22 @@ _SHOWN = 600
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a checkpoint; `deep` is what --deep found, as for the JSON."""
+    """What is known of a checkpoint; `deep` and `fix` are what came of --deep and
+    --fix, as for the JSON."""
 
     checkpoint: Checkpoint
     kinds: list[Kind]
     judgement: Judgement
-    findings: list[Finding]
     deep: dict[str, Any] | None = None
+    fix: dict[str, Any] | None = None
+
+    @property
+    def findings(self) -> list[Finding]:
+        return self.judgement.findings
 
     @property
     def exit_status(self) -> int:
-        is_wrong = any(each.severity == "wrong" for each in self.findings)
-        return FINE if self.judgement.is_fine and not is_wrong else WRONG
+        return FINE if self.judgement.is_fine else WRONG
 
 
 def printable(text: object) -> str:
@@ -135,6 +139,7 @@ def to_json(report: Report) -> dict[str, Any]:
             for verdict in report.judgement.verdicts
         ],
         "deep": report.deep,
+        "fix": report.fix,
         "exit_status": report.exit_status,
     }
 
@@ -167,6 +172,8 @@ def show(
     console.print(_modules(kinds, console, verbose))
     _show_findings(report.findings, console)
     console.print(_verdicts(report, console))
+    if report.fix:
+        _show_fix(report.fix, console)
 
 
 def _table(console: Console, *columns: str) -> Table:
@@ -255,3 +262,14 @@ def _verdicts(report: Report, console: Console) -> Table:
         name = name if name.startswith("this fork") else f"stock {name}"
         table.add_row(name, word, _line(because))
     return table
+
+
+def _show_fix(fix: dict[str, Any], console: Console) -> None:
+    console.print()
+    line = (
+        f"wrote {fix['folder']} ({fix['layout']}): {fix['written']} shards written, "
+        f"{fix['linked']} linked"
+    )
+    console.print(_line(line, "bold"))
+    for change in fix["changes"]:
+        console.print(Padding(_line(change), (0, 0, 0, 3)))

@@ -2,14 +2,21 @@
 """`vllm quark-check`: from the arguments to the report."""
 
 import argparse
+import contextlib
 import io
 import json
 import sys
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from vllm.model_executor.layers.quantization.quark.checkpoint import (
     CheckpointError,
     Files,
+    misfit,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.hub import find
 from vllm.model_executor.layers.quantization.quark.quark_check.limits import bounded
@@ -30,12 +37,85 @@ from vllm.model_executor.layers.quantization.quark.quark_check.report import (
 
 
 def check(folder: Path, files: Files | None = None) -> Report:
-    """The report about the checkpoint of a folder. Raises CheckpointError."""
+    """The report about a checkpoint, from its headers. Raises CheckpointError."""
     with bounded(folder):
         checkpoint = open_checkpoint(folder, files)
-        judgement = judge(checkpoint)
-        kinds = make_plan(checkpoint)
-    return Report(checkpoint, kinds, judgement, judgement.findings)
+        return Report(checkpoint, make_plan(checkpoint), judge(checkpoint))
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Generator[Callable[[int, int], None], None, None]:
+    """A bar on stderr, if that is a terminal."""
+    console = Console(stderr=True)
+    columns = "{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def look_deep(
+    report: Report, reference: Path | None = None, plot: Path | None = None
+) -> Report:
+    """The report with what the tensors of a folder say. Raises CheckpointError."""
+    # Headers need neither numpy nor matplotlib.
+    from vllm.model_executor.layers.quantization.quark.quark_check.deep import (
+        deep_findings,
+    )
+
+    checkpoint = report.checkpoint
+    if checkpoint.layout is None:
+        remedy = "leave out --deep: other formats are not looked into"
+        raise misfit(checkpoint.name, "a Quark INT8 checkpoint", "another", remedy)
+    with _progress("reading") as progress:
+        found = deep_findings(
+            checkpoint.tensors, checkpoint.layout, reference, progress
+        )
+    if plot is not None:
+        from vllm.model_executor.layers.quantization.quark.quark_check.plot import (
+            write_histogram,
+        )
+
+        write_histogram(found.modules, plot, checkpoint.name)
+    judgement = judge(checkpoint, found.findings)
+    return replace(report, judgement=judgement, deep=found.to_json())
+
+
+def fix(report: Report, folder: Path, out: Path, layout: str | None) -> Report:
+    """Write the checkpoint anew; the report about what was written. Raises
+    CheckpointError and ValueError."""
+    from vllm.model_executor.layers.quantization.quark.quark_check import rewrite
+
+    targets: dict[str, rewrite.Target] = {each: each for each in rewrite.TARGETS}
+    target = targets[layout] if layout else rewrite.default_target(folder)
+    with _progress("writing") as progress:
+        written = rewrite.rewrite(folder, out, target, progress)
+    done: dict[str, Any] = {
+        "folder": str(written.folder),
+        "layout": target,
+        "changes": list(written.changes),
+        "written": written.written,
+        "linked": written.linked,
+    }
+    return replace(check(out), deep=report.deep, fix=done)
+
+
+def _report(args: argparse.Namespace) -> Report:
+    folder, files = find(args.model, args.revision)
+    is_deep = args.deep or args.reference is not None
+    if files is not None and (is_deep or args.fix):
+        remedy = "download it and give the folder"
+        raise misfit(args.model, "a folder for --deep and --fix", "owner/name", remedy)
+    if args.plot and not args.reference:
+        remedy = "give the float model with --reference"
+        raise misfit("--plot", "a reference to compare with", "none", remedy)
+    report = check(folder, files)
+    if is_deep:
+        report = look_deep(report, args.reference, args.plot)
+    if args.fix:
+        report = fix(report, folder, args.fix, args.fix_layout)
+    return report
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,8 +125,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     console = make_console()
     try:
-        report = check(*find(args.model, args.revision))
-    except CheckpointError as error:
+        report = _report(args)
+    except (CheckpointError, ValueError) as error:
         if args.json:
             print(json.dumps(error_json(error), indent=2))
         else:
