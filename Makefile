@@ -23,8 +23,9 @@ VENV_FLAGS := $(if $(filter rocm,$(VLLM_TARGET_DEVICE)),--system-site-packages)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install wheel demo matrix test test-nightly test-mutants fuzz fixtures \
-    fixtures-train tree patches mails check-patches lint bench bench-load clean
+.PHONY: help install wheel demo matrix test test-nightly test-mutants fuzz fuzz-check fixtures \
+    fixtures-train tree patches mails check-patches lint bench bench-check \
+    bench-load clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | \
@@ -52,6 +53,9 @@ test-mutants: $(FORK_READY) ## show that named tests fail without each of 0001-0
 
 fuzz: $(FORK_READY) ## damage 10,000 checkpoints and see that none is read wrong
 	$(BIN)/python -m tests.fuzz.fuzz_checkpoints
+
+fuzz-check: $(FORK_READY) ## open 10,000 hostile checkpoints with quark-check
+	$(BIN)/python -m tests.fuzz.fuzz_quark_check
 
 fixtures: build/quark/.ready ## make the test exports again with the real amd-quark
 	build/quark/bin/python -m tests.fixtures.make_exports
@@ -84,6 +88,9 @@ lint: $(LINT_READY) ## ruff and mypy
 bench: $(FORK_READY) ## measure the INT8 fused MoE here
 	$(BIN)/python benchmarks/kernels/$(if $(filter \
 	    cpu,$(VLLM_TARGET_DEVICE)),benchmark_cpu_int8_moe.py,benchmark_int8_moe.py --sweep)
+
+bench-check: $(FORK_READY) ## measure quark-check on 200 GB and 100,000 tensors
+	$(BIN)/python benchmarks/benchmark_quark_check.py
 
 bench-load: $(FORK_READY) ## measure memory and time of loading a 2 GB export
 	$(BIN)/python benchmarks/benchmark_load_int8.py

@@ -10,7 +10,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from vllm.model_executor.layers.quantization.quark.quark_check import releases, run
+from vllm.model_executor.layers.quantization.quark.quark_check import (
+    releases,
+    rewrite,
+    run,
+)
 from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
     SEVERITIES,
 )
@@ -326,3 +330,103 @@ def test_as_a_command_of_vllm():
     assert said.returncode == 1, said.stderr[-2000:]
     report = said.stdout[said.stdout.index("{") :]
     assert json.loads(report)["findings"][0]["id"] == "exclude-fused"
+
+
+# --- what is asked of the tensors -----------------------------------------------------
+
+
+def write(name: str, folder: Path) -> Path:
+    [cell] = [cell for cell in CELLS if cell.key == name]
+    return cell.write(folder / name)
+
+
+def test_deep_settles_what_headers_suspect(tmp_path: Path):
+    """Zero points that are zero, and others."""
+    harmless = write("scales-bfloat16", tmp_path)
+    report = run.look_deep(run.check(harmless))
+    assert "zero-points-stored" not in [each.id for each in report.findings]
+    ignored = write("act-static-asymmetric", tmp_path)
+    report = run.look_deep(run.check(ignored))
+    ids = [each.id for each in report.findings]
+    assert "zero-point-not-zero" in ids
+    assert not {"zero-points-stored", "expert-zero-points"} & set(ids)
+    on_cpu = report.judgement.verdicts[-1]
+    assert on_cpu.target == FORK_CPU and on_cpu.outcome == "refused"
+    assert [each.id for each in on_cpu.because] == ["zero-point-not-zero"]
+
+
+def test_deep_beside_a_reference(tmp_path: Path):
+    plot = tmp_path / "errors.png"
+    bf16 = FIXTURES / "step3p5-tiny/bf16"
+    more = ["--reference", str(bf16), "--plot", str(plot), "--json"]
+    said = called(*arguments(BASE, *more))
+    assert said.returncode == 1, said.stdout
+    modules = json.loads(said.stdout)["deep"]["modules"]
+    assert len(modules) == 112
+    assert all(0 < module["error"] < 0.05 for module in modules)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_reference_is_wrong_everywhere(tmp_path: Path):
+    """Weights that are not the reference's: no vLLM can tell."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(FIXTURES / "step3p5-tiny/bf16/model.safetensors")
+    save_file(
+        {k: v.flip(0).clone() for k, v in weights.items()}, tmp_path / "x.safetensors"
+    )
+    report = run.look_deep(run.check(BASE), tmp_path)
+    assert "reference-differs" in [each.id for each in report.findings]
+    outcomes = {v.target: v.outcome for v in report.judgement.verdicts}
+    assert outcomes[FORK_CPU] == outcomes["0.22 and later"] == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--plot", "x.png"], "--reference"),
+        (["--reference", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_deep_is_refused(more, words):
+    said = called(*arguments(BASE, *more))
+    assert said.returncode == 2
+    assert said.stdout.startswith("error: ") and words in said.stdout
+
+
+def test_deep_of_another_format():
+    said = called(*arguments(FIXTURES / "step3p5-tiny/bf16", "--deep"))
+    assert said.returncode == 2 and "Quark INT8" in said.stdout
+
+
+# --- what is written ------------------------------------------------------------------
+
+
+def test_layouts_are_those_of_the_rewrite():
+    from vllm.entrypoints.cli.quark_check import LAYOUTS
+
+    assert LAYOUTS == rewrite.TARGETS
+
+
+def test_fix(tmp_path: Path):
+    """What was written is right where the source is not; the status is its own."""
+    source, out = write("exclude-glob", tmp_path), tmp_path / "out"
+    assert run.check(source).exit_status == 1
+    said = called(*arguments(source, "--fix", str(out), "--json"))
+    assert said.returncode == 0, said.stdout
+    report = json.loads(said.stdout)
+    assert report["model"] == "out" and report["fix"]["layout"] == "quark"
+    assert report["fix"]["changes"] and report["fix"]["linked"] == 1
+    outcomes = {each["vllm"]: each["outcome"] for each in report["verdicts"]}
+    assert outcomes[MEASURED] == outcomes["0.22 and later"] == "right"
+    again = called(*arguments(source, "--fix", str(out)))
+    assert again.returncode == 2 and str(out) in again.stdout.replace("\n", "")
+
+
+def test_fix_to_another_layout(tmp_path: Path):
+    out = tmp_path / "out"
+    more = ["--fix", str(out), "--fix-layout", "stacked"]
+    said = called(*arguments(BASE, *more))
+    assert said.returncode == 0, said.stdout
+    assert "(stacked)" in said.stdout
+    assert "I8 [16, 64, 128]" in said.stdout

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.plan import CONFIG
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What is read of each shard at once: most headers are shorter.
 HEAD_BYTES = 1 << 18
 NUM_THREADS = 8

@@ -564,7 +564,9 @@ def _exclude_issues(
                 f"It fuses them, and does not find the fused layers of {architecture} "
                 "in exclude: their floats are cut to whole numbers without a word, and "
                 "scales that the export does not hold stay memory that nothing wrote.",
-                f"vLLM {fact('fused-names').since} or later, or this fork: patch 0003",
+                f"vLLM {fact('fused-names').since} or later, or this fork: patch 0003; "
+                "or vLLM's own names of the fused layers in exclude in config.json "
+                "(--fix adds them)",
                 fused,
             ),
             _on(old, "wrong"),

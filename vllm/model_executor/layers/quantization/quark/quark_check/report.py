@@ -247,7 +247,7 @@ def _show_findings(findings: list[Finding], console: Console) -> None:
                 _line(f"seen in: {shown}" + (f" and {more} more" * (more > 0)))
             )
         for line in lines:
-            console.print(Padding(line, (0, 0, 0, 3)))
+            console.print(Padding(line, (0, 0, 0, 3), expand=False))
         console.print()
 
 
@@ -272,4 +272,4 @@ def _show_fix(fix: dict[str, Any], console: Console) -> None:
     )
     console.print(_line(line, "bold"))
     for change in fix["changes"]:
-        console.print(Padding(_line(change), (0, 0, 0, 3)))
+        console.print(Padding(_line(change), (0, 0, 0, 3), expand=False))
