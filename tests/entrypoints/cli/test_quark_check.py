@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import FORK_CPU
 
+from examples import quark_check_pictures
 from tests.fixtures.cells import CELLS, FIXTURES, Cell
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -194,14 +195,14 @@ def test_plain_text_when_not_a_terminal():
         "this fork, CPU       | right",
     ):
         assert words in said.stdout
-    assert max(map(len, said.stdout.splitlines())) <= 120
+    assert max(map(len, said.stdout.splitlines())) <= 132
 
 
 def test_colour_is_not_needed():
     """What a terminal shows in colour is the same words."""
     plain = called(*arguments(BASE)).stdout
     colour = called(
-        *arguments(BASE), FORCE_COLOR="1", TERM="xterm-256color", COLUMNS="120"
+        *arguments(BASE), FORCE_COLOR="1", TERM="xterm-256color", COLUMNS="132"
     )
     assert "\x1b[" in colour.stdout
     words = re.sub(r"\x1b\[[\d;]*m", "", colour.stdout)
@@ -430,3 +431,25 @@ def test_fix_to_another_layout(tmp_path: Path):
     assert said.returncode == 0, said.stdout
     assert "(stacked)" in said.stdout
     assert "I8 [16, 64, 128]" in said.stdout
+
+
+# --- the page -------------------------------------------------------------------------
+
+
+def test_every_finding_is_documented():
+    page = (ROOT / "docs/quark-check.md").read_text()
+    folder = ROOT / "vllm/model_executor/layers/quantization/quark"
+    written = "".join(path.read_text() for path in folder.glob("quark_check/*.py"))
+    ids = set(re.findall(r"finding\(\s*\"([a-z0-9-]+)\"", written))
+    ids |= set(re.findall(r'^[A-Z_, ]+ = (".*")$', written, re.MULTILINE))
+    named = {id for each in ids for id in re.findall(r"[a-z]+(?:-[a-z0-9]+)+", each)}
+    named |= set(releases.PROBLEMS) | {"int8-experts-unknown", "per-token-unknown"}
+    assert len(named) > 30
+    assert not {id for id in named if f"`{id}`" not in page}
+
+
+def test_pictures_are_current():
+    for patch, name in quark_check_pictures.PICTURES.items():
+        file = quark_check_pictures.IMAGES / f"quark-check-{patch}.svg"
+        assert file.read_text() == quark_check_pictures.draw(name)
+        assert f"images/{file.name}" in (ROOT / "docs/quark-check.md").read_text()

@@ -44,7 +44,7 @@ _STYLES = {
     "right": "green",
 }
 # Columns of a report that is not shown on a terminal.
-WIDTH = 120
+WIDTH = 132
 MAX_ROWS = 2000
 # Characters of a text, such as a name, that are shown.
 _SHOWN = 600
