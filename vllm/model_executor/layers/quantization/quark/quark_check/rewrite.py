@@ -310,9 +310,10 @@ def _infos(tensors: Tensors) -> dict[str, TensorInfo]:
     }
 
 
-def _completed_exclude(layout: Layout) -> list[str]:
+def _completed_exclude(layout: Layout, one_by_one: bool) -> list[str]:
     """`exclude` in full names: what its patterns name, what it should name and does
-    not, and the fused names of those; without entries that name nothing."""
+    not, and the fused names of those; without entries that name nothing. For stacked
+    experts it has their own names where they are to be stored one by one."""
     names = layout.full_names()
     patterns = set(layout.exclude.patterns)
     nothing, forgotten = set(), []
@@ -322,17 +323,11 @@ def _completed_exclude(layout: Layout) -> list[str]:
         elif problem.id == "float-not-excluded":
             forgotten.append(problem.name.rpartition(".")[0])
     names = [name for name in names if name not in patterns | nothing] + forgotten
-    stacked = {
-        name: module[WEIGHT].shape[0]
-        for name, module in layout.modules.items()
-        if WEIGHT in module and len(module[WEIGHT].shape) == 3
-    }
     complete: list[str] = []
     for name in names:
-        complete.append(name)
-        parent, _, last = name.rpartition(".")
-        for expert in range(stacked.get(name, 0)):
-            complete.append(f"{parent}.experts.{expert}.{last}")
+        module = layout.modules.get(name, {})
+        singles = [part for part, *_ in stored.parts(name, module)]
+        complete += singles if one_by_one and singles else [name]
     return list(dict.fromkeys(complete + fused_names(complete)))
 
 
@@ -421,7 +416,10 @@ def make_plan(source: Path, target: Target) -> Plan:
         if _per_token(quark):
             changes.append("activations get one scale a token, found at run time")
         tensors = _without_static_activations(tensors)
-    exclude = _completed_exclude(Layout(_infos(before), quark, config))
+    exclude = _completed_exclude(
+        Layout(_infos(before), quark, config),
+        one_by_one=target in ("per-expert", "compressed-tensors"),
+    )
     added = set(exclude) - set(quark["exclude"])
     gone = set(quark["exclude"]) - set(exclude)
     quark["exclude"] = exclude
