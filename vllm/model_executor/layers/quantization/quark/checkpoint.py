@@ -9,6 +9,7 @@ CheckpointError that names the file, what was expected and what was found.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -168,8 +169,10 @@ class LocalFiles:
 
     def read(self, name: str, start: int, count: int) -> bytes:
         with (self.folder / name).open("rb") as stream:
+            # No more than there is: room for `count` bytes is made at once.
+            count = min(count, os.fstat(stream.fileno()).st_size - start)
             stream.seek(start)
-            return stream.read(count)
+            return stream.read(max(count, 0))
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
