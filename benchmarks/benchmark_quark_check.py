@@ -121,6 +121,13 @@ def measure(folder: Path, *more: str) -> dict[str, float]:
     return {"seconds": seconds, "peak_mib": usage.ru_maxrss / 1024}
 
 
+def device_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(": ", 1)[1]
+    return platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -154,7 +161,7 @@ def main() -> None:
     console.print(table)
     if args.json:
         result = {
-            "device": platform.processor() or platform.machine(),
+            "device": device_name(),
             "date": date.today().isoformat(),
             "python": platform.python_version(),
             "repeat": args.repeat,
