@@ -150,9 +150,8 @@ def main() -> None:
             )
     table = Table(*rows[0])
     for row in rows:
-        table.add_row(
-            *(f"{v:.2f}" if isinstance(v, float) else v for v in row.values())
-        )
+        cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
+        table.add_row(*cells)
     console = Console()
     console.print(
         f"{sizes['tensors']:,} tensors, {sizes['bytes'] / 1e9:.0f} GB in {NUM_SHARDS} "

@@ -50,7 +50,7 @@ class RangedFile(io.RawIOBase):
         self.position = start[whence] + offset
         return self.position
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+    def readinto(self, buffer) -> int:
         end = min(self.position + len(buffer), self.size)
         if end <= self.position:
             return 0

@@ -29,7 +29,7 @@ from tests.fuzz.hostile import mutate
 
 WORKER = [sys.executable, "-m", "tests.fuzz.fuzz_quark_check", "--worker"]
 # What quark-check gives itself here, instead of a minute; and what it may take in all.
-SECONDS, LIMIT = 0.5, 20
+SECONDS, LIMIT = 1, 20
 BYTES = 6 << 30
 CLASSES = {
     "fine": "status 0",

@@ -206,12 +206,12 @@ class Counting(LocalFileSystem):
         super().__init__()
         self.read: dict[str, int] = {}
 
-    def open(self, path, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def open(self, path, *args, **kwargs):
         stream = super().open(path, *args, **kwargs)
         counts, name, read = self.read, Path(path).name, stream.read
 
         class Stream:
-            def __enter__(self):  # type: ignore[no-untyped-def]
+            def __enter__(self):
                 return self
 
             def __exit__(self, *args: object) -> None:

@@ -55,7 +55,7 @@ def find(tree: ast.AST, name: str) -> ast.AST | None:
 def calls(tree: ast.AST | None) -> Iterator[str]:
     for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Call):
-            yield getattr(node.func, "id", None) or getattr(node.func, "attr", "")
+            yield str(getattr(node.func, "id", getattr(node.func, "attr", "")))
 
 
 def raises(tree: ast.AST | None, error: str) -> int:
@@ -166,6 +166,7 @@ def test_kernels_are_those_that_the_fork_tries():
     }
     assert found == kernels["linear"]
     method = find(ast.parse(read(FORK, MOE)), INT8_EXPERTS)
+    assert method is not None
     tried = [name for name in calls(find(method, "apply")) if "fused_experts" in name]
     told = dict.fromkeys(
         name for names in kernels["experts"].values() for name in names

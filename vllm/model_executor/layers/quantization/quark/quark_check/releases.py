@@ -649,7 +649,9 @@ def _what(names: list[str]) -> str:
 def _stock_layer(layout: Layout, name: str) -> Config:
     """The config that releases take for a layer of that name."""
     for entry, layer in (layout.config.get("layer_quant_config") or {}).items():
-        if matches(name, entry) if "*" in entry else name in entry:
+        # Known there: full names and globs with a star.
+        is_glob = "*" in entry and not entry.startswith("re:")
+        if matches(name, entry) if is_glob else name == entry:
             return layer
     return layout.config["global_quant_config"]
 

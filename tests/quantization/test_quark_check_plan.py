@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quark-check says of checkpoints that are not in the matrix, by their headers."""
+
+import copy
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.model_executor.layers.quantization.quark.quark_check import run
+from vllm.model_executor.layers.quantization.quark.quark_check.plan import spans
+from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
+    FORK_CPU,
+    FORK_GPU,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.report import (
+    Report,
+    size,
+)
+
+from tests.fixtures.cells import FIXTURES
+from tests.fuzz.files import CONFIG, pack
+
+STEP, QWEN = "Step3p5ForCausalLM", "Qwen2MoeForCausalLM"
+BYTES = {"I8": 1, "BF16": 2, "F32": 4}
+OLD, MIDDLE, NEW = "0.19", "0.20.0-0.21.0", "0.22 and later"
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def int8(*names: str, scale: tuple[int, ...] = (4,)) -> Tensors:
+    """INT8 weights [4, 4] with their scales."""
+    found: Tensors = {}
+    for name in names:
+        found |= {
+            f"{name}.weight": ("I8", (4, 4)),
+            f"{name}.weight_scale": ("F32", scale),
+        }
+    return found
+
+
+def floats(*names: str) -> Tensors:
+    return {f"{name}.weight": ("BF16", (4, 4)) for name in names}
+
+
+def experts(layer: int, make=int8) -> Tensors:
+    return make(
+        *(
+            f"model.layers.{layer}.mlp.experts.{expert}.{name}"
+            for expert in range(2)
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+    )
+
+
+def attention(layer: int, make=int8) -> Tensors:
+    prefix = f"model.layers.{layer}.self_attn"
+    return make(*(f"{prefix}.{each}_proj" for each in "qkvo"))
+
+
+def config(exclude: list[str] | None = None, **more: Any) -> dict[str, Any]:
+    """A config.json of INT8, one scale a channel and one a token."""
+    written = json.loads((FIXTURES / "step3p5-tiny/int8-3key" / CONFIG).read_text())
+    quark = written["quantization_config"] | {"exclude": exclude or []}
+    return {
+        "architectures": [QWEN],
+        "num_hidden_layers": 2,
+        "num_experts": 2,
+        "quantization_config": quark,
+    } | more
+
+
+def check(folder: Path, tensors: Tensors, model: dict[str, Any]) -> Report:
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    (folder / "model.safetensors").write_bytes(pack(header, bytes(end)))
+    (folder / CONFIG).write_text(json.dumps(model))
+    return run.check(folder)
+
+
+def severities(report: Report) -> dict[str, str]:
+    return {each.id: each.severity for each in report.findings}
+
+
+def outcomes(report: Report) -> dict[str, str]:
+    return {each.target: each.outcome for each in report.judgement.verdicts}
+
+
+def test_right_everywhere_but_on_what_is_too_old(tmp_path):
+    report = check(tmp_path, attention(0) | experts(1), config())
+    assert outcomes(report) == {
+        OLD: "refused",
+        **dict.fromkeys([MIDDLE, NEW, FORK_GPU, FORK_CPU], "right"),
+    }
+    assert report.exit_status == 0
+
+
+def test_static_linear_layers_are_known_to_the_oldest(tmp_path):
+    model = config()
+    inputs = model["quantization_config"]["global_quant_config"]["input_tensors"]
+    inputs |= {"qscheme": "per_tensor", "is_dynamic": False}
+    tensors = attention(0)
+    for name in [name for name in tensors if name.endswith("_scale")]:
+        tensors[name.replace("weight_scale", "input_scale")] = "F32", ()
+    report = check(tmp_path, tensors, model)
+    assert set(outcomes(report).values()) == {"right"} and not report.findings
+
+
+def test_config_that_was_lost(tmp_path):
+    model = config()
+    del model["quantization_config"]
+    report = check(tmp_path, attention(0), model)
+    assert severities(report) == {"config-lost": "wrong"}
+    assert outcomes(report)[MIDDLE] == "wrong"
+    assert outcomes(report)[FORK_CPU] == "refused"
+    assert report.findings[0].count == 4 and report.exit_status == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"exclude": None},
+        {"export": None},
+        {"exclude": ["re:("]},
+        {"layer_quant_config": {"x": 1}},
+    ],
+)
+def test_config_that_is_none(change, tmp_path):
+    model = config()
+    model["quantization_config"] |= change
+    report = check(tmp_path, attention(0), model)
+    assert severities(report) == {"config-unreadable": "refused"}
+    assert set(outcomes(report).values()) == {"refused"} and report.exit_status == 1
+
+
+def test_another_format(tmp_path):
+    report = check(tmp_path, floats("model.norm"), {"architectures": [QWEN]})
+    assert severities(report) == {"not-quark-int8": "note"}
+    assert set(outcomes(report).values()) == {"unknown"} and report.exit_status == 0
+
+
+@pytest.mark.parametrize("architecture", [STEP, QWEN])
+def test_fused_layer_excluded_in_part(architecture, tmp_path):
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = attention(0)
+    del tensors[f"{name}.weight_scale"]
+    tensors |= floats(name)
+    model = config([name], architectures=[architecture])
+    report = check(tmp_path, tensors, model)
+    wrong = architecture == STEP
+    assert severities(report)["exclude-in-part"] == ("wrong" if wrong else "refused")
+    assert outcomes(report)[MIDDLE] == ("wrong" if wrong else "refused")
+    assert outcomes(report)[NEW] == outcomes(report)[FORK_CPU] == "refused"
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_excluded_experts(by_name, tmp_path):
+    names = [name.removesuffix(".weight") for name in experts(0, floats)]
+    exclude = names if by_name else ["model.layers.0.mlp.experts"]
+    report = check(tmp_path, experts(0, floats) | experts(1), config(exclude))
+    expected = "wrong" if by_name else "refused"
+    assert severities(report)["exclude-experts"] == expected
+    assert outcomes(report)[MIDDLE] == outcomes(report)[NEW] == expected
+    assert outcomes(report)[FORK_CPU] == "right"
+
+
+def test_some_experts_excluded(tmp_path):
+    name = "model.layers.0.mlp.experts.0.up_proj"
+    report = check(tmp_path, experts(0) | attention(0), config([name]))
+    assert "experts-differ" in severities(report)
+    assert outcomes(report)[FORK_CPU] == "refused"
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_read"),
+    [
+        ("model.layers.0.self_attn.o_proj", True),
+        ("*.o_proj", True),
+        ("re:.*o_proj", False),
+        ("model.layers.[0].self_attn.o_proj", False),
+    ],
+)
+def test_override_of_a_linear_layer(entry, is_read, tmp_path):
+    model = config()
+    quark = model["quantization_config"]
+    layer = copy.deepcopy(quark["global_quant_config"])
+    layer["weight"]["qscheme"] = "per_tensor"
+    quark["layer_quant_config"] = {entry: layer}
+    tensors = attention(0)
+    tensors |= int8("model.layers.0.self_attn.o_proj", scale=())
+    report = check(tmp_path, tensors, model)
+    assert ("override-unread" in severities(report)) != is_read
+    assert outcomes(report)[MIDDLE] == ("right" if is_read else "refused")
+    assert outcomes(report)[FORK_CPU] == "right"
+    [kind] = [kind for kind in report.kinds if kind.name.endswith("o_proj")]
+    pattern = "" if entry.startswith("model.layers.0") else f" {entry!r}"
+    assert kind.treatment.rule == f"layer_quant_config{pattern}"
+    assert kind.treatment.scheme == "weights per tensor; activations per token"
+    assert kind.treatment.scales == "F32 scalar"
+
+
+def test_layers_after_the_last(tmp_path):
+    tensors = attention(0) | attention(1) | attention(2) | attention(3)
+    report = check(tmp_path, tensors, config())
+    [note] = [each for each in report.findings if each.id == "layers-after-the-last"]
+    assert note.severity == "note" and "layers 2-3" in note.summary
+    reads = {(kind.where, kind.treatment.reads) for kind in report.kinds}
+    assert reads == {("layers 0-1", "INT8"), ("layers 2-3", "nothing")}
+
+
+def test_weight_without_rows_is_no_reason_to_stop(tmp_path):
+    tensors = attention(0) | {"model.x.weight": ("BF16", (0, 4))}
+    assert check(tmp_path, tensors, config()).exit_status == 0
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([], ""), ([3], "3"), ([2, 1, 0], "0-2"), ([0, 2, 3, 9], "0, 2-3, 9")],
+)
+def test_spans(numbers, text):
+    assert spans(numbers) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (217e9, "217.0 GB")],
+)
+def test_size(num_bytes, text):
+    assert size(num_bytes) == text
