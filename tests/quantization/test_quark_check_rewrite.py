@@ -343,10 +343,10 @@ def test_where_there_are_no_links_shards_are_copied(
 def test_links_lead_to_the_file_and_not_to_a_symbolic_link(tmp_path: Path, out: Path):
     """A snapshot of Hugging Face's cache is a folder of symbolic links."""
     blobs = BY_KEY["sharded"].write(tmp_path / "blobs")
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    snapshot = tmp_path / "snapshots/revision"
+    snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
-        (snapshot / file.name).symlink_to(f"../blobs/{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     rewrite(snapshot, out, "quark")
     assert not [file for file in out.iterdir() if file.is_symlink()]
     assert_same_numbers(out, snapshot)
@@ -364,6 +364,23 @@ def test_other_files_go_along(source: Path, out: Path):
     names = {path.relative_to(out).as_posix() for path in out.rglob("*")}
     assert {"generation_config.json", "figures/one.txt"} < names
     assert not names & {".cache", "consolidated.safetensors", "pipe"}
+
+
+def test_a_link_out_of_the_checkpoint_is_refused(source: Path, out: Path):
+    (out.with_name("secret")).write_text("of another")
+    (source / "notes.txt").symlink_to("../secret")
+    with pytest.raises(CheckpointError, match="notes.txt: expected a file, found a li"):
+        rewrite(source, out, "stacked")
+    assert not out.exists() and not out.with_name("out.partial").exists()
+
+
+def test_a_header_that_nobody_would_read_is_not_written(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "MAX_HEADER_BYTES", 1000)
+    with pytest.raises(CheckpointError, match="a header of at most 1000 bytes"):
+        rewrite(source, out, "compressed-tensors")
+    assert list(out.parent.iterdir()) == [source]
 
 
 # What is refused, before anything is written.
@@ -744,7 +761,7 @@ def test_a_flipped_bit_of_a_copied_shard_is_seen(
 
 
 def test_tensors_are_written_in_parts(tmp_path: Path, out: Path):
-    """Experts of 256 MiB are stacked in less than 48 MiB."""
+    """Experts of 256 MiB, whose scales lose a dimension, in less than 48 MiB."""
     export = Export(STACKED)
     del export.tensors[f"{MOE}.up_proj.weight"]
     del export.tensors[f"{MOE}.up_proj.weight_scale"]
@@ -758,7 +775,7 @@ def test_tensors_are_written_in_parts(tmp_path: Path, out: Path):
         },
         f"{MOE}.up_proj.weight_scale": {
             "dtype": "F32",
-            "shape": shape[:2],
+            "shape": [*shape[:2], 1],
             "data_offsets": [1 << 28, (1 << 28) + (1 << 18)],
         },
     }
@@ -769,13 +786,14 @@ def test_tensors_are_written_in_parts(tmp_path: Path, out: Path):
         stream.write(torch.ones(1 << 16).numpy().tobytes())
     tracemalloc.start()
     try:
-        rewrite(folder, out, "per-expert")
+        rewrite(folder, out, "quark")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 48 << 20
     tensors = read_checkpoint(out)
-    assert tensors[f"{EXPERT}.weight"].shape == (4096, 4096)
+    assert tensors[f"{MOE}.up_proj.weight_scale"].shape == (16, 4096)
+    assert not (out / "large.safetensors").samefile(folder / "large.safetensors")
 
 
 def test_progress_ends_at_the_total(source: Path, out: Path):

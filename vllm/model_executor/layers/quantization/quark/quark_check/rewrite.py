@@ -28,6 +28,7 @@ import numpy as np
 from vllm.model_executor.layers.quantization.quark.checkpoint import (
     DTYPE_BITS,
     INDEX,
+    MAX_HEADER_BYTES,
     CheckpointError,
     TensorInfo,
     misfit,
@@ -437,14 +438,15 @@ def make_plan(source: Path, target: Target) -> Plan:
     if not changes:
         remedy = "load it as it is"
         raise misfit(source, f"something to rewrite as {target}", "nothing", remedy)
-    return Plan(
-        source,
-        target,
-        tensors,
-        _with_quantization(config, quark),
-        tuple(changes),
-        _unchanged(before, tensors),
-    )
+    config = _with_quantization(config, quark)
+    linked = _unchanged(before, tensors)
+    plan = Plan(source, target, tensors, config, tuple(changes), linked)
+    for shard, held in plan.shards().items():
+        if shard not in linked and (size := len(_header(held))) > MAX_HEADER_BYTES:
+            expected = f"a header of at most {MAX_HEADER_BYTES} bytes"
+            remedy = "split the file into shards first"
+            raise misfit(source / shard, expected, f"{size}", remedy)
+    return plan
 
 
 def default_target(source: Path) -> Target:
@@ -556,7 +558,8 @@ def _header(tensors: Iterable[Planned]) -> bytes:
 
 @contextlib.contextmanager
 def _new_file(file: Path) -> Generator[Any, None, None]:
-    """A file to write to, that gets its name once it is whole and on the disk."""
+    """A file to write to, that gets its name once it is whole and on the disk. What a
+    killed run left under the other name is written over."""
     partial = file.with_name(f".{file.name}.tmp")
     try:
         with partial.open("wb") as stream:
@@ -608,8 +611,6 @@ class _Writer:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stray in self.folder.rglob(".*.tmp"):  # of a run that was killed
-            stray.unlink()
         for shard, tensors in self.shards.items():
             if shard in self.plan.linked:
                 self._link(shard)
@@ -759,18 +760,28 @@ def _views(tensors: Mapping[str, TensorInfo]) -> dict[tuple[str, str], _View]:
 # --- the whole ------------------------------------------------------------------------
 
 
-def _other_files(source: Path, tensors: Tensors) -> list[Path]:
+def _other_files(source: Path) -> list[Path]:
     """The tokenizer and whatever else lies in the source: not its safetensors, not the
-    JSON files that are written anew, and nothing hidden."""
+    JSON files that are written anew, and nothing hidden.
+
+    Raises CheckpointError for a link out of the checkpoint, which a stranger's may have
+    to any file of this machine. Hugging Face's cache has links to the blobs beside it.
+    """
     found = []
+    homes = (source, source.parent.parent / "blobs")
     for folder, folders, names in os.walk(source):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(folder) / name
             is_ours = path.parent == source and name in (CONFIG, INDEX)
             is_left_out = is_ours or name.startswith(".") or not path.is_file()
-            if not is_left_out and path.suffix != ".safetensors":
-                found.append(path)
+            if is_left_out or path.suffix == ".safetensors":
+                continue
+            target = path.resolve()
+            if not any(target.is_relative_to(home) for home in homes):
+                remedy = "put a copy of the file in its place, or delete the link"
+                raise misfit(path, "a file", f"a link to {target}", remedy)
+            found.append(path)
     return found
 
 
@@ -843,7 +854,7 @@ def rewrite(
         remedy = "name a folder beside it"
         raise misfit(out, "a folder outside the source", f"{source}", remedy)
     plan = make_plan(source, target)
-    others = _other_files(source, plan.tensors)
+    others = _other_files(source)
     try:
         with _workplace(out, _fingerprint(plan, others)) as folder:
             writer = _Writer(plan, folder, others, progress)
