@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--layers", action="store_true", help="a line for each layer")
     parser.add_argument(
-        "--verbose", action="store_true", help="zero points, schemes and kernels too"
+        "--verbose",
+        action="store_true",
+        help="zero points, schemes, kernels and what releases know too",
     )
     parser.add_argument(
         "--deep", action="store_true", help="read the tensors too; needs numpy"

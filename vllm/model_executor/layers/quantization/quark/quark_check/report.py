@@ -21,9 +21,12 @@ from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
     scheme_of,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
-    Judgement,
+    fact,
     facts_file,
+    releases,
+    without,
 )
+from vllm.model_executor.layers.quantization.quark.quark_check.verdicts import Judgement
 
 # Of the JSON. It grows when a key changes its meaning or goes, not when one is added.
 VERSION = 1
@@ -166,12 +169,15 @@ def show(
     report: Report, console: Console, layers: bool = False, verbose: bool = False
 ) -> None:
     """Print it; with `layers` a line for each layer, with `verbose` all that is known
-    of a module."""
+    of a module and of releases."""
     _show_heading(report, console)
     kinds = by_layer(report.kinds) if layers else report.kinds
     console.print(_modules(kinds, console, verbose))
     _show_findings(report.findings, console)
     console.print(_verdicts(report, console))
+    if verbose:
+        console.print()
+        console.print(_facts(console))
     if report.fix:
         _show_fix(report.fix, console)
 
@@ -261,6 +267,20 @@ def _verdicts(report: Report, console: Console) -> Table:
         name = verdict.target
         name = name if name.startswith("this fork") else f"stock {name}"
         table.add_row(name, word, _line(because))
+    return table
+
+
+def _facts(console: Console) -> Table:
+    """What verdicts are told from: which release knows what, and by which patch this
+    fork does."""
+    names = [each.name for each in releases()]
+    table = _table(console, "what a vLLM does", *names, "this fork")
+    for id in facts_file()["fact"]:
+        each = fact(id)
+        lacking = without(id)
+        knows = ["no" if name in lacking else "yes" for name in names]
+        patch = f"patch {each.patch}" if each.patch else "yes"
+        table.add_row(_line(each.says), *knows, patch)
     return table
 
 

@@ -24,7 +24,6 @@ from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
     make_plan,
     open_checkpoint,
 )
-from vllm.model_executor.layers.quantization.quark.quark_check.releases import judge
 from vllm.model_executor.layers.quantization.quark.quark_check.report import (
     UNREADABLE,
     Report,
@@ -34,6 +33,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check.report import (
     show,
     to_json,
 )
+from vllm.model_executor.layers.quantization.quark.quark_check.verdicts import judge
 
 
 def check(folder: Path, files: Files | None = None) -> Report:
