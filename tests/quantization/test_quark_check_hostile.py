@@ -52,6 +52,12 @@ BOMBS = {
     "deep objects": b'{"a":' * 5_000_000,
     "wide": b'{"a":[' + b"0," * 20_000_000 + b"0]}",
     "objects": b'{"a":[' + b"{}," * 20_000_000 + b"0]}",
+    "a million tensors": b"{"
+    + b",".join(
+        b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % number
+        for number in range(1_000_000)
+    )
+    + b"}",
     # The last name twice, which takes long to find by counting.
     "duplicates": b"{"
     + b",".join(b'"%d":1' % min(number, 300_000) for number in range(300_002))

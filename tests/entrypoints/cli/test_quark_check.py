@@ -322,6 +322,19 @@ def test_as_a_module_of_a_checkout(tmp_path: Path):
     assert "exclude-fused" in said.stdout
 
 
+@pytest.mark.parametrize(("missing", "more"), [("rich", []), ("numpy", ["--deep"])])
+def test_package_that_is_missing(missing, more):
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules[{missing!r}] = None\n"
+        f"sys.argv = {['quark-check', str(BASE), *more]!r}\n"
+        f"runpy.run_path({str(COMMAND)!r}, run_name='__main__')\n"
+    )
+    said = called(sys.executable, "-c", code)
+    assert said.returncode == 2 and said.stderr == ""
+    assert said.stdout.startswith("error: ") and f"pip install {missing}" in said.stdout
+
+
 def test_as_a_command_of_vllm():
     """Upstream's command line knows it."""
     vllm = Path(sysconfig.get_path("scripts")) / "vllm"

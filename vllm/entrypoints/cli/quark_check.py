@@ -63,10 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the report; returns the exit status."""
-    # Imported late: `vllm` imports the modules of all its commands.
-    from vllm.model_executor.layers.quantization.quark.quark_check import run
+    # Imported late: `vllm` imports the modules of all its commands. Headers need rich
+    # alone of what is not Python's, tensors numpy as well.
+    try:
+        from vllm.model_executor.layers.quantization.quark.quark_check import run
 
-    return run.run(args)
+        return run.run(args)
+    except ModuleNotFoundError as error:
+        if error.name not in ("rich", "numpy"):
+            raise
+        print(
+            f"error: quark-check: expected the package {error.name}, found none; pip "
+            f"install {error.name}"
+        )
+        return 2
 
 
 class QuarkCheckSubcommand(CLISubcommand):

@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 # Bounds for files from strangers, far beyond any real model.
 MAX_JSON_BYTES = 200_000_000
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 500_000
 MAX_JSON_VALUES = 16 * MAX_TENSORS
 MAX_RANK, MAX_SIZE = 32, 1 << 63
 DTYPE_BITS = {
