@@ -70,11 +70,12 @@ def main(args: argparse.Namespace) -> int:
 
         return run.run(args)
     except ModuleNotFoundError as error:
-        if error.name not in ("rich", "numpy"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("rich", "numpy"):
             raise
         print(
-            f"error: quark-check: expected the package {error.name}, found none; pip "
-            f"install {error.name}"
+            f"error: quark-check: expected the package {package}, found none; "
+            f"pip install {package}"
         )
         return 2
 
