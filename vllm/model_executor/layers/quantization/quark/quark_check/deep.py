@@ -197,8 +197,9 @@ class _Ends:
 
     def add(self, values: NDArray, is_first_part: bool) -> None:
         """Blocks [rows, some columns] of int8, as `stored.blocks` orders them."""
-        counts = np.count_nonzero(values == 127, axis=1)
-        counts += np.count_nonzero(values <= -127, axis=1)
+        # 127, -128 and -127 are next to each other as unsigned numbers.
+        at_end = values.view(np.uint8) - np.uint8(127) < 3
+        counts = np.count_nonzero(at_end, axis=1)
         self.total += int(counts.sum())
         if is_first_part:
             self.end_rows()
@@ -251,10 +252,10 @@ def _measure(
             ends.add(values, column == 0)
             if scales is None:
                 continue
-            found = values.astype(np.float64)
-            found *= scales.read(row, height)[:, None]
-            squares += _sum_of_squares(found)
+            found, scale = values.astype(np.float64), scales.read(row, height)
+            squares += float((np.einsum("ij,ij->i", found, found) * scale**2).sum())
             if reference:
+                found *= scale[:, None]
                 tensor, skipped = reference
                 expected = block(tensor, skipped + row, width).astype(np.float64)
                 reference_squares += _sum_of_squares(expected)
