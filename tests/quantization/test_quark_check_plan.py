@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.model_executor.layers.quantization.quark import load_checks
+from vllm.model_executor.layers.quantization.quark.checkpoint import CheckpointError
 from vllm.model_executor.layers.quantization.quark.quark_check import run
 from vllm.model_executor.layers.quantization.quark.quark_check.plan import spans
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
@@ -18,9 +20,11 @@ from vllm.model_executor.layers.quantization.quark.quark_check.report import (
     Report,
     size,
 )
+from vllm.model_executor.layers.quantization.quark.rules import has_int8
 
 from tests.fixtures.cells import FIXTURES
-from tests.fuzz.files import CONFIG, pack
+from tests.fuzz.files import CONFIG, pack, parse
+from tests.fuzz.mutations import mutate
 
 STEP, QWEN = "Step3p5ForCausalLM", "Qwen2MoeForCausalLM"
 BYTES = {"I8": 1, "BF16": 2, "F32": 4}
@@ -231,3 +235,54 @@ def test_spans(numbers, text):
 )
 def test_size(num_bytes, text):
     assert size(num_bytes) == text
+
+
+# What the engine sees later than before it starts: while the model is built and loaded.
+LATER = {"non-finite", "exclude-in-part", "config-lost", "expert-static-channels"}
+
+
+def refused_by_the_engine(folder: Path, model: dict[str, Any]) -> bool:
+    try:
+        load_checks.check_folder(folder, model.get("quantization_config") or {}, model)
+    except (CheckpointError, ValueError):
+        return True
+    return False
+
+
+def refused_by_quark_check(folder: Path) -> bool:
+    try:
+        report = run.check(folder)
+        if report.checkpoint.layout is not None:
+            report = run.look_deep(report)
+    except CheckpointError:
+        return True
+    [on_cpu] = [v for v in report.judgement.verdicts if v.target == FORK_CPU]
+    because = {
+        "scale" if any(name.endswith("_scale") for name in each.tensors) else each.id
+        for each in on_cpu.because
+    }
+    return on_cpu.outcome == "refused" and not because <= LATER
+
+
+def test_decides_as_the_engine_does(tmp_path):
+    """Of 400 damaged exports: what the engine refuses before it starts, and no other,
+    is what quark-check says that it refuses."""
+    compared, refused = 0, 0
+    for seed in range(400):
+        _, files, mutation = mutate(seed)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        try:
+            model = parse(files[CONFIG])
+            quark = model["quantization_config"]
+            is_quark = quark["quant_method"] == "quark" and has_int8(quark)
+        except (KeyError, ValueError, TypeError):
+            continue  # vLLM does not come so far as to ask
+        if not is_quark or not any(name.endswith(".safetensors") for name in files):
+            continue
+        expected = refused_by_the_engine(folder, model)
+        assert refused_by_quark_check(folder) == expected, f"{seed}: {mutation}"
+        compared, refused = compared + 1, refused + expected
+    assert compared > 300 and 100 < refused < compared - 50
