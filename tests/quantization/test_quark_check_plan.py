@@ -114,9 +114,11 @@ def test_static_linear_layers_are_known_to_the_oldest(tmp_path):
     assert set(outcomes(report).values()) == {"right"} and not report.findings
 
 
-def test_config_that_was_lost(tmp_path):
+@pytest.mark.parametrize("left", [{}, {"quantization_config": None}])
+def test_config_that_was_lost(left, tmp_path):
     model = config()
     del model["quantization_config"]
+    model |= left
     report = check(tmp_path, attention(0), model)
     assert severities(report) == {"config-lost": "wrong"}
     assert outcomes(report)[MIDDLE] == "wrong"

@@ -30,6 +30,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
     Checkpoint,
+    quantization_config,
     spans,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
@@ -134,7 +135,7 @@ def _without_int8(checkpoint: Checkpoint) -> Iterator[Issue]:
         for name, tensor in tensors.items()
         if tensor.dtype == "I8" and f"{name}_scale" in tensors
     ]
-    if int8 and "quantization_config" not in checkpoint.model:
+    if int8 and quantization_config(checkpoint.model) is None:
         yield Issue(
             finding(
                 "config-lost",
@@ -513,16 +514,17 @@ def _is_quantized(layout: Layout, name: str) -> bool:
 
 
 def _what(names: list[str]) -> str:
-    """`shared experts of layers 2-3 and dense layers 0-1`, as far as names tell."""
+    """`shared experts and dense layers`, as far as the modules' names tell."""
     kinds = {
         "share": "shared experts",
         "self_attn": "attention",
         ".mlp.": "dense layers",
+        "": "other modules",
     }
-    found = [
-        words for mark, words in kinds.items() if any(mark in name for name in names)
-    ]
-    return " and ".join(found) or "excluded modules"
+    found = {
+        next(words for mark, words in kinds.items() if mark in name) for name in names
+    }
+    return " and ".join(words for words in kinds.values() if words in found)
 
 
 # --- overrides ------------------------------------------------------------------------
