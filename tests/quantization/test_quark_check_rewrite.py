@@ -215,6 +215,19 @@ def test_exclude_is_completed_with_names_and_those_of_what_vllm_fuses(
     }
 
 
+def test_a_fused_name_is_accepted_beside_those_of_its_parts_alone(tmp_path: Path):
+    """By the engine's check: alone it would leave nothing unquantized."""
+    export = Export(PER_EXPERT)
+    parent = "model.layers.2.share_expert"
+    fused = f"{parent}.gate_up_proj"
+    export.quark["exclude"].append(fused)
+    folder = export.write(tmp_path / "source")
+    assert check_folder(folder, export.quark, export.config)
+    export.quark["exclude"].remove(f"{parent}.up_proj")
+    with pytest.raises(ValueError, match=f"found '{fused}', which names none"):
+        check_folder(folder, export.quark, export.config)
+
+
 def test_exclude_loses_what_names_nothing(tmp_path: Path, out: Path):
     export = Export(PER_EXPERT)
     export.quark["exclude"] += ["model.layers.0.mlp.gate_projj", "*.none.*"]
