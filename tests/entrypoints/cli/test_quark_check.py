@@ -335,6 +335,20 @@ def test_package_that_is_missing(missing, more):
     assert said.stdout.startswith("error: ") and f"pip install {missing}" in said.stdout
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_nobody_reads_on(more):
+    process = subprocess.Popen(
+        arguments(BASE, *more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 1
+
+
 def test_as_a_command_of_vllm():
     """Upstream's command line knows it."""
     vllm = Path(sysconfig.get_path("scripts")) / "vllm"

@@ -6,6 +6,7 @@ does the same, and so does `python <this file>` anywhere, beside any vLLM.
 """
 
 import argparse
+import os
 import sys
 import typing
 from pathlib import Path
@@ -69,6 +70,9 @@ def main(args: argparse.Namespace) -> int:
         from vllm.model_executor.layers.quantization.quark.quark_check import run
 
         return run.run(args)
+    except BrokenPipeError:  # `| head`; rich ends in the same way
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in ("rich", "numpy"):
