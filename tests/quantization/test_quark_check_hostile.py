@@ -102,9 +102,14 @@ def test_header_of_100_mb_that_is_not_there(files, tmp_path):
 
 
 def test_too_many_tensors(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MAX_TENSORS", 5)
-    with pytest.raises(CheckpointError, match="at most 5 tensors"):
-        run.check(write(tmp_path, files))
+    """In a file, and in all of them."""
+    for number, limit in enumerate((5, 25)):
+        monkeypatch.setattr(checkpoint, "MAX_TENSORS", limit)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        held = files if limit == 5 else EXPORTS[1].files
+        with pytest.raises(CheckpointError, match=f"at most {limit} tensors"):
+            run.check(write(folder, held))
 
 
 def test_too_large_a_config(files, tmp_path, monkeypatch):

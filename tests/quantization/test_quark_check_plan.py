@@ -209,6 +209,19 @@ def test_override_of_a_linear_layer(entry, is_read, tmp_path):
     assert kind.treatment.scales == "F32 scalar"
 
 
+def test_experts_that_config_json_does_not_count(tmp_path):
+    report = check(tmp_path, experts(0), config(num_experts=3))
+    assert severities(report)["experts-miscounted"] == "wrong"
+    assert outcomes(report)[FORK_CPU] == "refused"
+
+
+def test_same_config_of_another_method(tmp_path):
+    model = config()
+    model["quantization_config"]["quant_method"] = "compressed-tensors"
+    report = check(tmp_path, attention(0), model)
+    assert severities(report) == {"not-quark-int8": "note"}
+
+
 def test_layers_after_the_last(tmp_path):
     tensors = attention(0) | attention(1) | attention(2) | attention(3)
     report = check(tmp_path, tensors, config())

@@ -200,6 +200,9 @@ def _read_header(file: Path, size: int, files: Files) -> dict[str, TensorInfo]:
     ):
         expected = "__metadata__ of texts in the header"
         raise misfit(file, expected, f"{metadata!r:.100}", DOWNLOAD_AGAIN)
+    if len(header) > MAX_TENSORS:
+        expected = f"at most {MAX_TENSORS} tensors"
+        raise misfit(file, expected, str(len(header)), DOWNLOAD_AGAIN)
     data = 8 + length
     tensors = {
         name: _read_entry(file, name, entry, data, size)
