@@ -79,11 +79,11 @@ def ask(
     checkpoints: Mapping[str, Path],
     prompts: Sequence[Sequence[int]],
     package: Path | None,
-    script: Path = SCRIPT,
+    script: Path | None = None,
 ) -> Generator[tuple[str, Answers], None, None]:
     """Names and answers of the checkpoints by a build, in order, as they come.
 
-    `script` is ask_checkpoints.py, or does the same in another way.
+    `script` does what ask_checkpoints.py, which stands for None, does in another way.
 
     Where a checkpoint ends the process, its answer is an error and another process goes
     on with the rest.
@@ -102,7 +102,7 @@ def ask(
         )
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, script, job, folder],
+                [sys.executable, script or SCRIPT, job, folder],
                 env=environment(package),
                 stdout=file,
                 stderr=subprocess.STDOUT,
