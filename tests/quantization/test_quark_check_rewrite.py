@@ -23,13 +23,15 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
     read_checkpoint,
 )
 from vllm.model_executor.layers.quantization.quark.load_checks import check_folder
+from vllm.model_executor.layers.quantization.quark.quark_check import relayout
 from vllm.model_executor.layers.quantization.quark.quark_check import rewrite as module
-from vllm.model_executor.layers.quantization.quark.quark_check.rewrite import (
+from vllm.model_executor.layers.quantization.quark.quark_check.relayout import (
+    TARGETS,
     Target,
     default_target,
     make_plan,
-    rewrite,
 )
+from vllm.model_executor.layers.quantization.quark.quark_check.rewrite import rewrite
 
 from tests.fixtures.cells import CELLS
 from tests.quantization.exports import PER_EXPERT, STACKED, Export, load_model
@@ -119,17 +121,17 @@ def assert_same_numbers(one: Path, other: Path) -> None:
 # What comes out.
 
 REWRITTEN: list[tuple[str, Target]] = [
-    *((key, target) for key in ("sharded", "int8-3key") for target in module.TARGETS),
-    *(("3key-scales-columns", target) for target in module.TARGETS),
-    *(("weight-per-tensor", target) for target in module.TARGETS),
-    *(("3key-weight-per-tensor", target) for target in module.TARGETS),
-    *(("act-static", target) for target in module.TARGETS),
-    *(("weight-per-tensor-act-static", target) for target in module.TARGETS),
-    *(("scales-bfloat16", target) for target in module.TARGETS),
-    *(("exclude-forgotten", target) for target in module.TARGETS),
-    *(("exclude-regex", target) for target in module.TARGETS),
-    *(("dense-quantized", target) for target in module.TARGETS),
-    *(("layer-override", target) for target in module.TARGETS),
+    *((key, target) for key in ("sharded", "int8-3key") for target in TARGETS),
+    *(("3key-scales-columns", target) for target in TARGETS),
+    *(("weight-per-tensor", target) for target in TARGETS),
+    *(("3key-weight-per-tensor", target) for target in TARGETS),
+    *(("act-static", target) for target in TARGETS),
+    *(("weight-per-tensor-act-static", target) for target in TARGETS),
+    *(("scales-bfloat16", target) for target in TARGETS),
+    *(("exclude-forgotten", target) for target in TARGETS),
+    *(("exclude-regex", target) for target in TARGETS),
+    *(("dense-quantized", target) for target in TARGETS),
+    *(("layer-override", target) for target in TARGETS),
     ("act-per-tensor", "compressed-tensors"),
     ("act-asymmetric", "compressed-tensors"),
     ("act-static-asymmetric", "compressed-tensors"),
@@ -390,7 +392,7 @@ def test_a_link_out_of_the_checkpoint_is_refused(source: Path, out: Path):
 def test_a_header_that_nobody_would_read_is_not_written(
     source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "MAX_HEADER_BYTES", 1000)
+    monkeypatch.setattr(relayout, "MAX_HEADER_BYTES", 1000)
     with pytest.raises(CheckpointError, match="a header of at most 1000 bytes"):
         rewrite(source, out, "compressed-tensors")
     assert list(out.parent.iterdir()) == [source]
@@ -399,9 +401,9 @@ def test_a_header_that_nobody_would_read_is_not_written(
 # What is refused, before anything is written.
 
 REFUSED: list[tuple[str, Target, str]] = [
-    *(("weight-asymmetric", target, "symmetric weights") for target in module.TARGETS),
-    *(("lm-head-quantized", target, "lm_head") for target in module.TARGETS),
-    *(("scale-missing", target, "up_proj.weight") for target in module.TARGETS),
+    *(("weight-asymmetric", target, "symmetric weights") for target in TARGETS),
+    *(("lm-head-quantized", target, "lm_head") for target in TARGETS),
+    *(("scale-missing", target, "up_proj.weight") for target in TARGETS),
     *(("act-per-tensor", target, "activations per token") for target in QUARK),
     *(("act-static-asymmetric", target, "zero points of 0") for target in QUARK),
     *(("act-static-without-scales", target, "input_scale") for target in QUARK),
@@ -419,7 +421,7 @@ def test_what_no_rewrite_mends_is_refused(
     assert list(tmp_path.iterdir()) == [folder]
 
 
-@pytest.mark.parametrize("target", module.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
 def test_a_senseless_scale_is_refused(
     value: float, target: Target, tmp_path: Path, out: Path
@@ -431,7 +433,7 @@ def test_a_senseless_scale_is_refused(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("target", module.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_zero_point_that_is_not_zero_is_refused(
     target: Target, tmp_path: Path, out: Path
 ):
@@ -461,7 +463,7 @@ def test_other_formats_are_refused(method: str | None, tmp_path: Path, out: Path
         rewrite(export.write(tmp_path / "source"), out, "quark")
 
 
-@pytest.mark.parametrize("target", module.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_there_is_nothing_to_do_twice(target: Target, source: Path, out: Path):
     rewrite(source, out, target)
     with pytest.raises(CheckpointError, match="nothing; load it|Quark's with INT8"):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from vllm.model_executor.layers.quantization.quark.quark_check import (
     issues,
+    relayout,
     releases,
-    rewrite,
     run,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
@@ -431,7 +431,7 @@ def test_deep_of_another_format():
 def test_layouts_are_those_of_the_rewrite():
     from vllm.entrypoints.cli.quark_check import LAYOUTS
 
-    assert LAYOUTS == rewrite.TARGETS
+    assert LAYOUTS == relayout.TARGETS
 
 
 def test_fix(tmp_path: Path):

@@ -85,10 +85,13 @@ def look_deep(
 def fix(report: Report, folder: Path, out: Path, layout: str | None) -> Report:
     """Write the checkpoint anew; the report about what was written. Raises
     CheckpointError and ValueError."""
-    from vllm.model_executor.layers.quantization.quark.quark_check import rewrite
+    from vllm.model_executor.layers.quantization.quark.quark_check import (
+        relayout,
+        rewrite,
+    )
 
-    targets: dict[str, rewrite.Target] = {each: each for each in rewrite.TARGETS}
-    target = targets[layout] if layout else rewrite.default_target(folder)
+    targets: dict[str, relayout.Target] = {each: each for each in relayout.TARGETS}
+    target = targets[layout] if layout else relayout.default_target(folder)
     with _progress("writing") as progress:
         written = rewrite.rewrite(folder, out, target, progress)
     done: dict[str, Any] = {
