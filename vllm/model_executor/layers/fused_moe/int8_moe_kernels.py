@@ -508,6 +508,14 @@ def _scale(
     return sums.to(tl.float32) * scale
 
 
+@triton.jit
+def _pairs_of(tile, tile_experts_ptr, sorted_pairs_ptr, BLOCK_M: tl.constexpr):
+    """A tile's expert, rows [BLOCK_M] and pairs [BLOCK_M]."""
+    expert = tl.load(tile_experts_ptr + tile).to(tl.int64)
+    rows = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return expert, rows, tl.load(sorted_pairs_ptr + rows)
+
+
 @triton.jit(do_not_specialize=["num_pairs", "topk"])
 def w13_kernel(
     xq_ptr,
@@ -551,9 +559,7 @@ def w13_kernel(
     n0 = tl.program_id(0) % num_n * BLOCK_N
     if tile >= tl.load(num_tiles_ptr):
         return
-    expert = tl.load(tile_experts_ptr + tile).to(tl.int64)
-    rows = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    pairs = tl.load(sorted_pairs_ptr + rows)
+    expert, rows, pairs = _pairs_of(tile, tile_experts_ptr, sorted_pairs_ptr, BLOCK_M)
     is_pair = pairs < num_pairs
     tokens = (pairs // topk).to(tl.int64)
     n = n0 + tl.arange(0, BLOCK_N)
@@ -641,9 +647,7 @@ def w2_kernel(
     n0 = tl.program_id(0) % num_n * BLOCK_N
     if tile >= tl.load(num_tiles_ptr):
         return
-    expert = tl.load(tile_experts_ptr + tile).to(tl.int64)
-    rows = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    pairs = tl.load(sorted_pairs_ptr + rows)
+    expert, rows, pairs = _pairs_of(tile, tile_experts_ptr, sorted_pairs_ptr, BLOCK_M)
     is_pair = pairs < num_pairs
     n = n0 + tl.arange(0, BLOCK_N)
     w_rows = expert * N + tl.minimum(n, N - 1)
@@ -716,9 +720,7 @@ def w2_narrow_kernel(
     first_n = tl.program_id(0) % num_groups * (BLOCK_N * BLOCKS)
     if tile >= tl.load(num_tiles_ptr):
         return
-    expert = tl.load(tile_experts_ptr + tile).to(tl.int64)
-    rows = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    pairs = tl.load(sorted_pairs_ptr + rows)
+    expert, rows, pairs = _pairs_of(tile, tile_experts_ptr, sorted_pairs_ptr, BLOCK_M)
     is_pair = pairs < num_pairs
     k = tl.arange(0, BLOCK_K)
     a_mask = is_pair[:, None] & (k < K)[None, :]
