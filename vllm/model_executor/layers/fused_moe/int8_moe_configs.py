@@ -57,9 +57,9 @@ class FewConfig:
     w13_stages: int
     w13_programs: int
     w2_block_n: int
-    w2_num_warps: int = 4
-    w2_stages: int = 2
-    w2_programs: int = 2
+    w2_num_warps: int
+    w2_stages: int
+    w2_programs: int
     pdl: bool = False
 
 
