@@ -28,7 +28,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check import rewrite as
 from vllm.model_executor.layers.quantization.quark.quark_check.relayout import (
     TARGETS,
     Target,
-    default_target,
+    default_plan,
     make_plan,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.rewrite import rewrite
@@ -507,11 +507,11 @@ def test_the_default_is_what_mends(tmp_path: Path):
         ("scales-columns", "quark"),
         ("act-per-tensor", "compressed-tensors"),
     ):
-        assert default_target(BY_KEY[key].write(tmp_path / key)) == expected
+        assert default_plan(BY_KEY[key].write(tmp_path / key)).target == expected
     rewrite(tmp_path / PER_EXPERT, tmp_path / "out", "quark")
-    assert default_target(tmp_path / "out") == "compressed-tensors"
+    assert default_plan(tmp_path / "out").target == "compressed-tensors"
     with pytest.raises(ValueError, match="lm_head"):
-        default_target(BY_KEY["lm-head-quantized"].write(tmp_path / "head"))
+        default_plan(BY_KEY["lm-head-quantized"].write(tmp_path / "head"))
 
 
 # Interruptions. What is killed dies by SIGKILL in a process of its own.

@@ -37,6 +37,7 @@ WEIGHT, SCALE, ZERO_POINT = "weight", "weight_scale", "weight_zero_point"
 INPUT_SCALE, INPUT_ZERO_POINT = "input_scale", "input_zero_point"
 # What is stored beside an INT8 weight, and read or ignored together with it.
 COMPANIONS = (SCALE, ZERO_POINT, INPUT_SCALE, INPUT_ZERO_POINT)
+SCALES = (SCALE, INPUT_SCALE)
 
 FLOATS = ("F16", "BF16", "F32")
 INTEGERS = ("I8", "U8", "I16", "I32", "I64")
@@ -130,6 +131,13 @@ def check_config(config: Config) -> None:
                 f"found {config.get(key, 'nothing')!r:.100}; export the model with "
                 "amd-quark 0.13, or copy the quantization_config of such an export"
             )
+
+
+def int8_with_scales(tensors: Mapping[str, TensorInfo]) -> Iterator[TensorInfo]:
+    """INT8 weights that have a scale beside them, whatever the config says."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == "I8" and f"{name}_scale" in tensors:
+            yield tensor
 
 
 def modules_of(tensors: Iterable[TensorInfo]) -> dict[str, Module]:
@@ -338,6 +346,16 @@ class Layout:
             return suffix in (ZERO_POINT, INPUT_ZERO_POINT)
         inputs = part_of(self.layer_config(name, module) or {}, "input_tensors")
         return inputs.get("symmetric") is not False
+
+    def checked_companions(self) -> Iterator[tuple[str, Module, str]]:
+        """(module, its tensors, suffix) of what lies beside INT8 weights and is looked
+        at before it is loaded: scales, and zero points that must be 0."""
+        for name, module, _ in self.int8_modules():
+            for suffix in COMPANIONS:
+                if suffix in module and (
+                    suffix in SCALES or self.must_be_zero(name, module, suffix)
+                ):
+                    yield name, module, suffix
 
     def check(self) -> None:
         """Raise CheckpointError, or ValueError for the config, for the first misfit."""

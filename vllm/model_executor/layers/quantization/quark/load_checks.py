@@ -34,14 +34,14 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
 from vllm.model_executor.layers.quantization.quark.layout import (
     COMPANIONS,
     EXPORT_AGAIN,
-    INPUT_SCALE,
-    SCALE,
+    SCALES,
     WEIGHT,
     ZERO_POINT,
     Layout,
     check_config,
     expert_of,
     first_value,
+    int8_with_scales,
     layer_index,
 )
 from vllm.model_executor.layers.quantization.quark.rules import (
@@ -112,18 +112,15 @@ def check_folder(
 def _check_values(layout: Layout) -> None:
     """Scales are finite and above zero, ignored zero points are zero."""
     by_file: dict[Path, list[tuple[TensorInfo, str, bool]]] = defaultdict(list)
-    for name, module, _ in layout.int8_modules():
+    for name, module, suffix in layout.checked_companions():
+        tensor = module[suffix]
         fused = layout.experts_prefix(name, module) is not None
-        for suffix in COMPANIONS:
-            is_scale = suffix in (SCALE, INPUT_SCALE)
-            is_checked = is_scale or layout.must_be_zero(name, module, suffix)
-            if (tensor := module.get(suffix)) and is_checked:
-                by_file[tensor.file].append((tensor, suffix, fused))
+        by_file[tensor.file].append((tensor, suffix, fused))
     for file, found in by_file.items():
         with safe_open(file, framework="pt") as stream:
             for tensor, suffix, fused in found:
                 values = stream.get_tensor(tensor.name)
-                if suffix in (SCALE, INPUT_SCALE):
+                if suffix in SCALES:
                     _check_scale(tensor, values)
                 elif values.count_nonzero():
                     _refuse_zero_point(tensor, suffix, values, fused)
@@ -406,14 +403,13 @@ def _refuse_int8_without_config(folder: Path) -> None:
         tensors = read_checkpoint(folder)
     except CheckpointError:
         return  # not known to be INT8, so left to the loader
-    for name, tensor in tensors.items():
-        if tensor.dtype == "I8" and f"{name}_scale" in tensors:
-            raise misfit(
-                f"{name} ({tensor})",
-                "a quantization_config in config.json, since it is stored as INT8",
-                "none",
-                "copy config.json from the export",
-            )
+    for tensor in int8_with_scales(tensors):
+        raise misfit(
+            f"{tensor.name} ({tensor})",
+            "a quantization_config in config.json, since it is stored as INT8",
+            "none",
+            "copy config.json from the export",
+        )
 
 
 class _CheckedModel:

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.quark.layout import (
     ZERO_POINT,
     Layout,
     Module,
+    int8_with_scales,
     is_static,
     layer_index,
     part_of,
@@ -129,12 +130,7 @@ def _config_unreadable(problem: ValueError) -> Issue:
 
 
 def _without_int8(checkpoint: Checkpoint) -> Iterator[Issue]:
-    tensors = checkpoint.tensors
-    int8 = [
-        name
-        for name, tensor in tensors.items()
-        if tensor.dtype == "I8" and f"{name}_scale" in tensors
-    ]
+    int8 = [tensor.name for tensor in int8_with_scales(checkpoint.tensors)]
     if int8 and quantization_config(checkpoint.model) is None:
         yield Issue(
             finding(
@@ -380,10 +376,10 @@ class _Stock:
         known = facts_file()["architecture"].get(architecture)
         self.is_listed = known is not None
         self.renames: Mapping[str, str] = (known or {}).get("renames", {})
-        globs = [
+        self.globs = [
             entry for entry in layout.exclude.patterns if not entry.startswith("re:")
         ]
-        entries = set(layout.config["exclude"]).difference(globs)
+        entries = set(layout.config["exclude"]).difference(self.globs)
         self.entries = Entries.of(self._rename(entry) for entry in entries)
         self.shard_of = {
             shard: (fused, shards)
@@ -456,8 +452,7 @@ def _exclude_issues(
         )
     if patterns:
         old = without("quark-patterns", but)
-        globs = [e for e in layout.exclude.patterns if not e.startswith("re:")]
-        kind = "globs" if globs else "patterns"
+        kind = "globs" if stock.globs else "patterns"
         yield Issue(
             finding(
                 "exclude-patterns",

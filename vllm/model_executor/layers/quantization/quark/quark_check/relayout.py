@@ -31,6 +31,7 @@ from vllm.model_executor.layers.quantization.quark.layout import (
     INPUT_ZERO_POINT,
     MAX_EXPERTS,
     SCALE,
+    SCALES,
     WEIGHT,
     Layout,
     check_config,
@@ -423,15 +424,13 @@ def make_plan(source: Path, target: Target) -> Plan:
     return plan
 
 
-def default_target(source: Path) -> Target:
-    """`quark` where that mends a checkpoint, else `compressed-tensors`. Raises what
-    `make_plan` raises where neither does."""
+def default_plan(source: Path) -> Plan:
+    """As `quark` where that mends a checkpoint, else as `compressed-tensors`. Raises
+    what `make_plan` raises where neither does."""
     try:
-        make_plan(source, "quark")
+        return make_plan(source, "quark")
     except ValueError:
-        make_plan(source, "compressed-tensors")
-        return "compressed-tensors"
-    return "quark"
+        return make_plan(source, "compressed-tensors")
 
 
 def _check_stackable(config: Mapping[str, Any]) -> None:
@@ -451,24 +450,20 @@ def _check_key_value_cache(source: Path, quark: Mapping[str, Any]) -> None:
 
 def _check_values(planned: Layout, tensors: Tensors) -> None:
     """No rewrite mends scales and zero points that the engine refuses."""
-    for name, module, _ in planned.int8_modules():
-        for suffix, info in module.items():
-            is_scale = suffix in (SCALE, INPUT_SCALE)
-            if not is_scale and not planned.must_be_zero(name, module, suffix):
+    for _, module, suffix in planned.checked_companions():
+        info, is_scale = module[suffix], suffix in SCALES
+        for piece in tensors[info.name].pieces:
+            part = TensorInfo(info.name, info.dtype, (), *_place(piece))
+            count = 8 * (piece.end - piece.start) // DTYPE_BITS[info.dtype]
+            values = stored.read(part, 0, count)
+            if is_scale and not (np.isfinite(values) & (values > 0)).all():
+                expected = "scales that are finite and above zero"
+            elif not is_scale and values.any():
+                expected = "zero points of 0, which kernels ignore"
+            else:
                 continue
-            for piece in tensors[info.name].pieces:
-                part = TensorInfo(info.name, info.dtype, (), *_place(piece))
-                count = 8 * (piece.end - piece.start) // DTYPE_BITS[info.dtype]
-                values = stored.read(part, 0, count)
-                if is_scale and not (np.isfinite(values) & (values > 0)).all():
-                    expected, found = "scales that are finite and above zero", "others"
-                elif not is_scale and values.any():
-                    expected, found = "zero points of 0, which kernels ignore", "others"
-                else:
-                    continue
-                raise misfit(
-                    f"{info.name} in {piece.file}", expected, found, EXPORT_AGAIN
-                )
+            where = f"{info.name} in {piece.file}"
+            raise misfit(where, expected, "others", EXPORT_AGAIN)
 
 
 def _place(piece: Piece) -> tuple[Path, int, int]:

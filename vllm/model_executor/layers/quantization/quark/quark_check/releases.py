@@ -74,7 +74,7 @@ def without(id: str, but: Iterable[str] = ()) -> list[str]:
 
 def targets() -> list[str]:
     """What verdicts are about: the releases, oldest first, then this fork."""
-    return [each.name for each in releases()] + list(FORK)
+    return [*stock(), *FORK]
 
 
 def on(names: Iterable[str], outcome: Outcome) -> dict[str, Outcome]:

@@ -38,6 +38,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check.relayout import (
     Plan,
     Target,
     as_they_are,
+    default_plan,
     make_header,
     make_plan,
     one_by_one,
@@ -52,9 +53,11 @@ _FORMAT = 1  # of the state file and of what is written
 
 @dataclass(frozen=True)
 class Rewritten:
-    """The new checkpoint's folder, what changed, shards written and shards linked."""
+    """The new checkpoint's folder and layout, what changed, shards written and shards
+    linked."""
 
     folder: Path
+    target: Target
     changes: tuple[str, ...]
     written: int
     linked: int
@@ -370,9 +373,13 @@ def _workplace(out: Path, fingerprint: str) -> Generator[Path, None, None]:
 
 
 def rewrite(
-    source: Path, out: Path, target: Target, progress: Progress | None = None
+    source: Path,
+    out: Path,
+    target: Target | None = None,
+    progress: Progress | None = None,
 ) -> Rewritten:
-    """Write the checkpoint in `source` to the new folder `out`, laid out as `target`.
+    """Write the checkpoint in `source` to the new folder `out`, laid out as `target`,
+    or for None as `default_plan` finds.
 
     Raises CheckpointError or ValueError, before anything is written, for what
     `make_plan` refuses and for an `out` that exists; and for a disk without room and
@@ -386,7 +393,7 @@ def rewrite(
     if out.is_relative_to(source) or source.is_relative_to(out):
         remedy = "name a folder beside it"
         raise misfit(out, "a folder outside the source", f"{source}", remedy)
-    plan = make_plan(source, target)
+    plan = make_plan(source, target) if target else default_plan(source)
     others = _other_files(source)
     try:
         with _workplace(out, _fingerprint(plan, others)) as folder:
@@ -410,4 +417,4 @@ def rewrite(
             "see to it and run the same command again: it goes on from there",
         ) from None
     linked = len(plan.linked)
-    return Rewritten(out, plan.changes, len(writer.sizes), linked)
+    return Rewritten(out, plan.target, plan.changes, len(writer.sizes), linked)

@@ -91,12 +91,12 @@ def fix(report: Report, folder: Path, out: Path, layout: str | None) -> Report:
     )
 
     targets: dict[str, relayout.Target] = {each: each for each in relayout.TARGETS}
-    target = targets[layout] if layout else relayout.default_target(folder)
+    target = targets[layout] if layout else None
     with _progress("writing") as progress:
         written = rewrite.rewrite(folder, out, target, progress)
     done: dict[str, Any] = {
         "folder": str(written.folder),
-        "layout": target,
+        "layout": written.target,
         "changes": list(written.changes),
         "written": written.written,
         "linked": written.linked,
