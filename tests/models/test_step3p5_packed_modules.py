@@ -64,7 +64,9 @@ CONFIG: dict[str, Any] = {
 def build(device: torch.device, tmp_path: Path, quark_dict):
     """Build the model from a checkpoint's config.json, as the engine does."""
 
-    def from_export(*exclude: str) -> tuple[nn.Module, QuarkConfig]:
+    def from_export(
+        *exclude: str, num_redundant_experts: int = 0
+    ) -> tuple[nn.Module, QuarkConfig]:
         quark = quark_dict(exclude=("lm_head", f"{MOE}.moe.gate", *exclude))
         config = CONFIG | {"quantization_config": quark}
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -74,6 +76,10 @@ def build(device: torch.device, tmp_path: Path, quark_dict):
             ),
             load_config=LoadConfig(load_format="dummy"),
         )
+        # EPLB as the engine sets it up, which it does on GPUs alone.
+        parallel = vllm_config.parallel_config
+        parallel.enable_eplb = num_redundant_experts > 0
+        parallel.eplb_config.num_redundant_experts = num_redundant_experts
         return initialize_model(vllm_config), vllm_config.quant_config
 
     return from_export
@@ -188,11 +194,17 @@ def test_shared_expert_loads_as_it_is(build, shared_expert):
     assert torch.equal(loaded.down_proj.weight.data.cpu(), down)
 
 
+@pytest.mark.parametrize("num_redundant_experts", [0, 6])
 @pytest.mark.parametrize("layout", [three_keys, one_by_one])
-def test_both_layouts_of_routed_experts_load(build, experts, layout):
-    model, _ = build(*SHARED_EXPERT)
+def test_routed_experts_load(build, experts, layout, num_redundant_experts):
+    """In both layouts, and into the copies that EPLB asks for, the first ones twice."""
+    model, _ = build(*SHARED_EXPERT, num_redundant_experts=num_redundant_experts)
     poison(model)
     model.load_weights(layout(experts))
+    copies = [*range(NUM_EXPERTS), 0, 1, 2, 3, 0, 1][
+        : NUM_EXPERTS + num_redundant_experts
+    ]
+    experts = {name: tensor[copies] for name, tensor in experts.items()}
 
     loaded = model.get_submodule(f"{MOE}.moe.experts")
     for suffix in ("weight", "weight_scale"):

@@ -36,6 +36,7 @@ ROWS = {"w1": INTERMEDIATE, "w3": INTERMEDIATE, "w2": HIDDEN}
 COLUMNS = {"w1": HIDDEN, "w3": HIDDEN, "w2": INTERMEDIATE}
 SCALES = ("w13_weight_scale", "w2_weight_scale")
 
+HOPPER = current_platform.is_cuda() and current_platform.is_device_capability(90)
 EDIT_2 = pytest.mark.needs_patch("0002")
 
 
@@ -140,8 +141,11 @@ def build(quark: dict[str, Any], **options: Any) -> FusedMoE:
     scheme = quark["global_quant_config"]
     per_channel = scheme["weight"]["qscheme"] == "per_channel"
     static = scheme["input_tensors"]["is_dynamic"] is False
-    if per_channel and static and not current_platform.is_cpu():
-        pytest.skip("no kernel on a GPU has per-channel weights, static activations")
+    if per_channel and static and not (current_platform.is_cpu() or HOPPER):
+        pytest.skip(
+            "per-channel weights, static activations: needs a CPU, or a GPU of compute "
+            "capability 9.0"
+        )
     layer = FusedMoE(
         num_experts=NUM_EXPERTS,
         top_k=TOP_K,
@@ -157,6 +161,14 @@ def build(quark: dict[str, Any], **options: Any) -> FusedMoE:
 
 def process(layer: FusedMoE) -> None:
     layer.quant_method.process_weights_after_loading(layer)
+
+
+def apply(layer: FusedMoE, x: Tensor, weights: Tensor, topk_ids: Tensor) -> Tensor:
+    """The experts' output, on the CPU, of arguments there."""
+    layer.ensure_moe_quant_config_init()
+    device = layer.w13_weight.device
+    inputs = (tensor.to(device) for tensor in (x, weights, topk_ids))
+    return layer.quant_method.apply(layer, *inputs, None).cpu()
 
 
 def assert_scales(layer: FusedMoE, expected: tuple[Tensor, Tensor]) -> None:
@@ -380,11 +392,30 @@ def test_quant_config_selection(weight, static, flags, has_bias, quark_dict, rng
         assert config.w1_bias is None and config.w2_bias is None
 
 
-def test_scheme_that_the_triton_kernel_misreads_is_refused(quark_dict, monkeypatch):
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_scheme_that_the_triton_kernel_misreads_is_refused(
+    backend, capability, quark_dict, monkeypatch
+):
+    """Where that kernel is the one that runs; those of int8_moe.py read it."""
+    layer = build(quark_dict())
+    layer.moe_config.moe_backend = backend
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "is_cpu", lambda self: False)
+    monkeypatch.setattr(platform, "is_cuda", lambda self: True)
+    monkeypatch.setattr(
+        platform,
+        "is_device_capability",
+        classmethod(lambda _, wanted: wanted == capability),
+    )
     config = QuarkConfig.from_config(quark_dict(static=True))
+    name = "model.layers.0.moe.experts"
+    if backend == "auto" and capability == 90:
+        method = config.get_quant_method(layer, name)
+        assert isinstance(method, QuarkW8A8Int8MoEMethod)
+        return
     with pytest.raises(NotImplementedError, match=r"model\.layers\.0\.moe\.experts: "):
-        config.get_quant_method(build(quark_dict()), "model.layers.0.moe.experts")
+        config.get_quant_method(layer, name)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
@@ -569,7 +600,12 @@ def experts_in_float64(
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "weight, static",
-    [("per_channel", False), ("per_tensor", False), ("per_tensor", True)],
+    [
+        ("per_channel", False),
+        ("per_channel", True),
+        ("per_tensor", False),
+        ("per_tensor", True),
+    ],
 )
 def test_experts_match_float64(weight, static, device, quark_dict, rng):
     """Up to the int8 steps that bfloat16 between the products tips over.
@@ -581,15 +617,44 @@ def test_experts_match_float64(weight, static, device, quark_dict, rng):
     checkpoint = Checkpoint(quark, rng)
     checkpoint.load_into(layer)
     process(layer)
-    layer.ensure_moe_quant_config_init()
     x = torch.randn(NUM_TOKENS, HIDDEN, generator=rng, device="cpu").bfloat16() / 4
     topk_ids = random_topk_ids(rng)
     topk_weights = random_scales(*topk_ids.shape, rng=rng) * 128
 
-    output = layer.quant_method.apply(
-        layer, x.to(device), topk_weights.to(device), topk_ids.to(device), None
-    )
+    output = apply(layer, x, topk_weights, topk_ids)
 
     expected = experts_in_float64(checkpoint, x, topk_weights, topk_ids)
-    error = (output.cpu().double() - expected).norm() / expected.norm()
+    error = (output.double() - expected).norm() / expected.norm()
     assert error < 0.05
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
+def test_experts_that_eplb_moved_answer_alike(weight, has_bias, quark_dict, rng):
+    """EPLB writes an expert's rows where another's were, in place."""
+    quark = quark_dict(weight=weight)
+    layer = build(quark, enable_eplb=True, has_bias=has_bias)
+    checkpoint = Checkpoint(quark, rng)
+    checkpoint.load_into(layer)
+    if has_bias:
+        for bias in (layer.w13_bias, layer.w2_bias):
+            bias.data.copy_(torch.randn(bias.shape, generator=rng, device="cpu"))
+    process(layer)
+    x = torch.randn(NUM_TOKENS, HIDDEN, generator=rng, device="cpu").bfloat16()
+    topk_ids = random_topk_ids(rng)
+    topk_weights = random_scales(*topk_ids.shape, rng=rng) * 128
+    before = apply(layer, x, topk_weights, topk_ids)
+
+    order = torch.arange(NUM_EXPERTS, device="cpu").roll(1)
+    for rows in layer.get_expert_weights():
+        rows.copy_(rows[order].clone())
+    now_at = order.argsort().int()
+
+    assert torch.equal(apply(layer, x, topk_weights, now_at[topk_ids.long()]), before)
+    assert not torch.equal(apply(layer, x, topk_weights, topk_ids), before)
+
+
+def test_eplb_with_static_activations_is_refused(quark_dict):
+    """A rank joins the input scales of the experts that it loaded, and keeps that."""
+    with pytest.raises(NotImplementedError, match="EPLB is not supported"):
+        build(quark_dict(weight="per_tensor", static=True), enable_eplb=True)
