@@ -44,14 +44,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # For the JUnit report that tools/mutants.py reads.
-        for marker in item.iter_markers("needs_patch"):
-            item.user_properties.append(("needs_patch", marker.args[0]))
-    if HAS_GPU:
-        return
-    reason = "needs a CUDA or ROCm GPU; torch.cuda.is_available() is False"
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        for needs in item.iter_markers("needs_patch"):
+            item.user_properties.append(("needs_patch", needs.args[0]))
+    num_gpus = torch.cuda.device_count() if HAS_GPU else 0
+    for marker, needed in (("gpu", 1), ("gpu2", 2)):
+        if num_gpus >= needed:
+            continue
+        reason = f"needs {needed} CUDA or ROCm GPU(s); torch.cuda sees {num_gpus}"
+        for item in items:
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

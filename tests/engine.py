@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask an engine of a process of its own: vLLM keeps state, and spawns workers."""
+"""Ask engines in processes of their own: vLLM keeps state, and spawns workers."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -23,64 +24,131 @@ OPTIONS = {
     "max_logprobs": -1,
     "gpu_memory_utilization": 0.1,
     "kv_cache_memory_bytes": 16 << 20,
+    "worker_extension_cls": "tests.engine_worker.Watched",
     "seed": 0,
 }
 
+# What is done to an engine before it is asked once more: nothing; load the weights of a
+# folder; sleep at a level and wake, at level 2 with the weights loaded from disk again.
+Step = tuple[str, Any]
+AGAIN: Step = ("again", None)
 
-# The engine in the process that asks, for what is counted there.
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+def reload(folder: Path) -> Step:
+    return "reload", str(folder)
+
+
+def sleep(level: int) -> Step:
+    return "sleep", level
 
 
 @dataclass(frozen=True)
 class Answers:
     """Greedy answers: tokens int64 [prompts, T]; logprobs float64 [prompts, T, vocab]
-    of each token after those before it. Up to them the engine, if it is of
-    `ONE_PROCESS`, has launched the INT8 MoE's own kernels int8_moe_runs times."""
+    of each token after those before it.
+
+    Up to them each worker launched the INT8 MoE's own kernels int8_moe_runs times;
+    num_cached_tokens of the prompts came from the prefix cache. experts_at is each
+    worker's `Watched.experts_at`, and parameters what it holds of those asked for.
+    """
 
     tokens: Tensor
     logprobs: Tensor
-    int8_moe_runs: int
+    int8_moe_runs: list[int]
+    num_cached_tokens: int
+    experts_at: list[list[list[int]]]
+    parameters: dict[str, list[Tensor]]
 
 
 def ask(
     model: Path,
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
-    reloads: Sequence[Path] = (),
+    steps: Sequence[Step] = (),
     env: Mapping[str, str] | None = None,
+    parameters: Sequence[str] = (),
     **options: Any,
 ) -> list[Answers]:
     """Start an engine with these further environment variables and options of `LLM`;
-    ask it, and again after loading its weights from each folder of `reloads`."""
-    job = {
-        "options": OPTIONS | {"model": str(model)} | options,
-        "prompts": prompts,
-        "num_tokens": num_tokens,
-        "reloads": [str(folder) for folder in reloads],
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine", json.dumps(job)],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            **_one_core_a_rank(options.get("tensor_parallel_size", 1)),
-            **(env or {}),
+    ask it, and again after each of the steps."""
+    process = _start(
+        {
+            "prompts": prompts,
+            "num_tokens": num_tokens,
+            "steps": steps,
+            "parameters": parameters,
+            "engines": [{"model": str(model)} | options],
         },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=START_SECONDS,
+        _one_core_a_rank(options) | dict(env or {}),
     )
-    assert done.returncode == 0, done.stdout
-    [line] = [s for s in done.stdout.splitlines() if s.startswith('{"answers"')]
-    return [
-        Answers(torch.tensor(tokens), torch.tensor(logprobs, dtype=torch.float64), runs)
-        for tokens, logprobs, runs in json.loads(line)["answers"]
-    ]
+    [answers] = _results(process)
+    return answers
 
 
-def _one_core_a_rank(num_ranks: int) -> dict[str, str]:
+def ask_data_parallel(
+    model: Path,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    num_ranks: int,
+    **options: Any,
+) -> list[Answers]:
+    """Each data-parallel rank's answers to its share of the prompts, in order."""
+    from vllm.utils.network_utils import get_open_port
+
+    port = str(get_open_port())
+    share = len(prompts) // num_ranks
+    processes = []
+    for rank in range(num_ranks):
+        job = {
+            "prompts": prompts[rank * share : (rank + 1) * share],
+            "num_tokens": num_tokens,
+            "steps": [],
+            "parameters": [],
+            "engines": [{"model": str(model)} | options],
+        }
+        env = {
+            "VLLM_DP_RANK": str(rank),
+            "VLLM_DP_RANK_LOCAL": str(rank),
+            "VLLM_DP_SIZE": str(num_ranks),
+            "VLLM_DP_MASTER_IP": "127.0.0.1",
+            "VLLM_DP_MASTER_PORT": port,
+        }
+        processes.append(_start(job, env))
+    try:
+        return [answers for process in processes for [answers] in _results(process)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def ask_each(
+    engines: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+) -> list[Answers | str]:
+    """Ask engines of these options one after the other in one process.
+
+    `env` among the options holds environment variables. An engine that does not start
+    is the error's last line.
+    """
+    process = _start(
+        {
+            "prompts": prompts,
+            "num_tokens": num_tokens,
+            "steps": [],
+            "parameters": [],
+            "engines": list(engines),
+        },
+        {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    )
+    results = _results(process, errors=True)
+    return [one if isinstance(one, str) else one[0] for one in results]
+
+
+def _one_core_a_rank(options: Mapping[str, Any]) -> dict[str, str]:
     """On a CPU vLLM wants a NUMA node a rank, or to be told each rank's cores."""
+    num_ranks = options.get("tensor_parallel_size", 1)
+    num_ranks *= options.get("pipeline_parallel_size", 1)
     if num_ranks == 1:
         return {}
     cores = sorted(os.sched_getaffinity(0))
@@ -88,14 +156,71 @@ def _one_core_a_rank(num_ranks: int) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(chosen)}
 
 
-def main() -> None:
-    from vllm import LLM, SamplingParams
-    from vllm.model_executor.layers.fused_moe import int8_moe
+def _start(job: Mapping[str, Any], env: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.engine", json.dumps(job)],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
-    job = json.loads(sys.argv[1])
-    run = int8_moe.run_int8_experts
-    counted = patch.object(int8_moe, "run_int8_experts", wraps=run).start()
-    llm = LLM(**job["options"])
+
+def _results(process: subprocess.Popen[str], errors: bool = False) -> list[Any]:
+    """Of each engine its Answers, in a list, or its error if those are asked for."""
+    try:
+        said, _ = process.communicate(timeout=START_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said, _ = process.communicate()
+        raise AssertionError(f"no answer in {START_SECONDS} s:\n{said}") from None
+    assert process.returncode == 0, said
+    found = []
+    for line in said.splitlines():
+        if line.startswith('{"error"'):
+            assert errors, said
+            found.append(json.loads(line)["error"])
+        elif line.startswith('{"answers"'):
+            found.append([_answers(one) for one in json.loads(line)["answers"]])
+    return found
+
+
+def _answers(one: dict[str, Any]) -> Answers:
+    return Answers(
+        tokens=torch.tensor(one["tokens"]),
+        logprobs=torch.tensor(one["logprobs"], dtype=torch.float64),
+        int8_moe_runs=one["int8_moe_runs"],
+        num_cached_tokens=one["num_cached_tokens"],
+        experts_at=one["experts_at"],
+        parameters={
+            name: [torch.tensor(values) for values in workers]
+            for name, workers in one["parameters"].items()
+        },
+    )
+
+
+# --- in the process that is asked ---------------------------------------------------
+
+
+def _take(llm: Any, step: str, argument: Any) -> None:
+    if step == "reload":
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": argument})
+    elif step == "sleep":
+        llm.sleep(level=argument)
+        if argument == 2:
+            llm.wake_up(tags=["weights"])
+            llm.collective_rpc("reload_weights")
+            llm.wake_up(tags=["kv_cache"])
+        else:
+            llm.wake_up()
+    if step != "again":
+        llm.reset_prefix_cache()
+
+
+def _ask(llm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
+    from vllm import SamplingParams
+
     sampling = SamplingParams(
         temperature=0,
         max_tokens=job["num_tokens"],
@@ -104,19 +229,57 @@ def main() -> None:
         detokenize=False,
     )
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    answers = []
-    for folder in [None, *job["reloads"]]:
-        if folder:
-            llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-            llm.reset_prefix_cache()
-        completions = [output.outputs[0] for output in llm.generate(prompts, sampling)]
-        logprobs = [
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    completions = [output.outputs[0] for output in outputs]
+    return {
+        "tokens": [list(one.token_ids) for one in completions],
+        "logprobs": [
             [[step[t].logprob for t in sorted(step)] for step in one.logprobs]
             for one in completions
-        ]
-        tokens = [list(one.token_ids) for one in completions]
-        answers.append((tokens, logprobs, counted.call_count))
-    print(json.dumps({"answers": answers}))
+        ],
+        "int8_moe_runs": llm.collective_rpc("int8_moe_runs"),
+        "num_cached_tokens": sum(output.num_cached_tokens or 0 for output in outputs),
+        "experts_at": llm.collective_rpc("experts_at"),
+        "parameters": {
+            name: llm.collective_rpc("parameter", args=(name,))
+            for name in job["parameters"]
+        },
+    }
+
+
+def _run(options: dict[str, Any], job: Mapping[str, Any]) -> list[dict[str, Any]]:
+    from vllm import LLM
+
+    llm = LLM(**(OPTIONS | options))
+    try:
+        answers = [_ask(llm, job)]
+        for step in job["steps"]:
+            _take(llm, *step)
+            answers.append(_ask(llm, job))
+        return answers
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def main() -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from examples.ask_checkpoints import last_line
+
+    job = json.loads(sys.argv[1])
+    for options in job["engines"]:
+        env = options.pop("env", {})
+        os.environ.update(env)
+        try:
+            print(json.dumps({"answers": _run(options, job)}), flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            print(json.dumps({"error": last_line(error)}), flush=True)
+        for name in env:
+            del os.environ[name]
+        if len(job["engines"]) > 1:
+            gc.collect()
+            cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

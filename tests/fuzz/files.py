@@ -17,7 +17,7 @@ from tests.models.step3p5_micro import Sizes
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures/step3p5-tiny"
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-SIZES = Sizes(hidden=16, width=8, experts=3, heads=2, groups=2, head=8, vocab=64)
+SIZES = Sizes(hidden=16, width=8, experts=3, heads=2, groups=2, head=32, vocab=64)
 DTYPES = {
     "BOOL": torch.bool,
     "I8": torch.int8,

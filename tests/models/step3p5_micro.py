@@ -32,7 +32,7 @@ class Sizes:
     experts: int = 4
     heads: int = 4
     groups: int = 2
-    head: int = 8
+    head: int = 32  # the least that ROCm attends to
     vocab: int = 64
 
 

@@ -25,7 +25,7 @@ from tests.quantization.utils import poison, random_int8, random_scales
 HIDDEN = 32
 NUM_EXPERTS = 4
 WIDTH = 16
-HEAD_SIZE = 8
+HEAD_SIZE = 32  # the least that ROCm attends to
 # Layer 0 is dense; layer 1 holds routed experts and a shared one.
 DENSE, MOE = "model.layers.0", "model.layers.1"
 SHARED_EXPERT = tuple(

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the fork does on ROCm; elsewhere seen with the platform faked."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from vllm import _custom_ops as ops
+from vllm.config import VllmConfig
+from vllm.model_executor.kernels.linear import TritonInt8ScaledMMLinearKernel
+from vllm.model_executor.layers.fused_moe import FusedMoE, fused_experts, int8_moe
+from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_configs
+from vllm.model_executor.layers.fused_moe.router import cpu_topk
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
+from vllm.platforms import current_platform
+
+ROOT = Path(__file__).parents[2]
+ON_ROCM = pytest.mark.skipif(
+    not current_platform.is_rocm(), reason="needs ROCm; test_with_the_platform_faked"
+)
+# Of these the tests that ask for what is not there: a compiled kernel of experts, and
+# rounding to bfloat16, which Triton's interpreter cuts.
+SUITE = (
+    "tests/platforms/test_rocm.py",
+    "tests/quantization/test_quark_int8_moe.py",
+    "tests/quantization/test_quark_int8_linear.py",
+    "tests/models/test_step3p5_packed_modules.py",
+)
+NOT_THERE = "not product and not eplb_moved"
+
+
+def run_pytest(*arguments: str) -> str:
+    faked = ("-p", "tests.platforms.faked_rocm", "-p", "no:cacheprovider", "-q")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *faked, *arguments],
+        cwd=ROOT,
+        env={name: s for name, s in os.environ.items() if "PYTEST" not in name},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-20_000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(current_platform.is_rocm(), reason="ROCm is really here")
+def test_with_the_platform_faked():
+    """Loading, processing, selection and guards; kernels in Triton's interpreter."""
+    said = run_pytest(*SUITE, "-k", NOT_THERE, "-rs")
+    assert "needs ROCm" not in said
+
+
+@pytest.mark.skipif(current_platform.is_rocm(), reason="ROCm is really here")
+def test_the_same_tests_are_collected():
+    ours = {
+        line
+        for line in run_pytest("--collect-only", "tests").splitlines()
+        if "::" in line
+    }
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests"],
+        cwd=ROOT,
+        env={name: s for name, s in os.environ.items() if "PYTEST" not in name},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    here = {line for line in found.stdout.splitlines() if "::" in line}
+    assert len(here) > 1000
+    assert ours == here
+
+
+@pytest.fixture
+def _context(vllm_config: VllmConfig) -> None:
+    """Layers are built under a current VllmConfig."""
+
+
+def experts(config: QuarkConfig) -> FusedMoE:
+    return FusedMoE(
+        num_experts=4,
+        top_k=2,
+        hidden_size=64,
+        intermediate_size=32,
+        quant_config=config,
+        prefix="model.layers.0.moe.experts",
+    )
+
+
+@ON_ROCM
+@pytest.mark.usefixtures("_context")
+def test_experts_take_upstreams_kernel(quark_dict):
+    """The INT8 MoE's own kernels were not run on AMD's GPUs."""
+    layer = experts(QuarkConfig.from_config(quark_dict()))
+    assert not int8_moe.serves(layer.moe_config)
+    layer.quant_method.process_weights_after_loading(layer)
+    layer.ensure_moe_quant_config_init()
+    x = torch.ones(3, 64)
+    topk_ids = torch.zeros(3, 2, dtype=torch.int32)
+    name = "vllm.model_executor.layers.fused_moe.fused_experts"
+    with patch(name, autospec=fused_experts, return_value=x) as upstreams:
+        layer.quant_method.apply(layer, x, torch.ones(3, 2), topk_ids, None)
+    [call] = upstreams.call_args_list
+    config = call.kwargs["quant_config"]
+    assert config.use_int8_w8a8 and config.per_act_token_quant
+    assert config.w1_scale.shape == (4, 64, 1)
+
+
+@ON_ROCM
+@pytest.mark.usefixtures("_context")
+def test_scheme_that_upstreams_kernel_misreads_is_refused(quark_dict):
+    with pytest.raises(NotImplementedError, match="per-channel weights with static"):
+        experts(QuarkConfig.from_config(quark_dict(static=True)))
+
+
+@ON_ROCM
+@pytest.mark.usefixtures("_context")
+def test_linear_layers_take_the_triton_kernel(quark_dict):
+    """Without AITER, which has to be asked for."""
+    config = QuarkConfig.from_config(quark_dict())
+    layer = ReplicatedLinear(
+        64, 48, quant_config=config, prefix="model.layers.0.o_proj"
+    )
+    assert isinstance(layer.scheme.kernel, TritonInt8ScaledMMLinearKernel)
+
+
+@ON_ROCM
+@pytest.mark.parametrize("name", ["topk_softmax", "topk_sigmoid"])
+def test_routing_is_not_the_cpus(name: str):
+    """Patch 0005 looks for a CPU, and for nothing else."""
+    weights, ids = torch.empty(3, 2), torch.empty(3, 2, dtype=torch.int32)
+    with (
+        patch.object(cpu_topk, name) as ours,
+        patch.object(torch.ops, "_moe_C") as extension,
+    ):
+        getattr(ops, name)(weights, ids, ids, torch.rand(3, 8), False, None)
+    assert not ours.called
+    assert getattr(extension, name).called
+
+
+@ON_ROCM
+def test_tuned_configs_are_looked_for():
+    """There are none for AMD's GPUs: upstream's defaults serve, and no other chip's."""
+    assert get_moe_configs(288, 1280, "int8_w8a8") is None
