@@ -3,8 +3,8 @@
 
     ask_checkpoints.py JOB.json ANSWERS
 
-JOB is `{"prompts": [[token ids]], "memory_share": .., "checkpoints": {name: folder}}`;
-memory_share is vLLM's gpu_memory_utilization. The folder ANSWERS gets one NAME.json a
+JOB is `{"prompts": [[token ids]], "options": {..}, "checkpoints": {name: folder}}`; the
+options are vLLM's `LLM`'s, beside those below. The folder ANSWERS gets one NAME.json a
 checkpoint: `{"texts": [..], "logprobs": [[..]]}`, the greedy answer to each prompt and
 the log probability of every token of the vocabulary after it, null where not finite;
 or `{"error": "..", "loaded": ..}`, where loaded says that the error came afterwards.
@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -30,7 +31,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 MAX_TOKENS = 5  # the longest answer and the end token
 
 
-def load(folder: str, memory_share: float) -> LLM:
+def load(folder: str, options: dict[str, Any]) -> LLM:
     """The engine, loaded over poisoned memory.
 
     A parameter that the checkpoint does not fill holds NaN or the largest integer then,
@@ -38,12 +39,16 @@ def load(folder: str, memory_share: float) -> LLM:
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        return engine(folder, memory_share)
+        return engine(folder, options)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def engine(folder: str, memory_share: float) -> LLM:
+def engine(folder: str, options: dict[str, Any]) -> LLM:
+    if "tensor_parallel_size" not in options:
+        # Given as a class, it runs the model in this process on a CPU too: no worker
+        # has to start for each checkpoint, and errors come through whole.
+        options = options | {"distributed_executor_backend": UniProcExecutor}
     return LLM(
         folder,
         dtype="bfloat16",
@@ -52,11 +57,8 @@ def engine(folder: str, memory_share: float) -> LLM:
         max_num_batched_tokens=2048,
         max_num_seqs=256,
         max_logprobs=-1,
-        gpu_memory_utilization=memory_share,
-        # Given as a class, it runs the model in this process on a CPU too: no worker
-        # has to start for each checkpoint, and errors come through whole.
-        distributed_executor_backend=UniProcExecutor,
         seed=0,
+        **options,
     )
 
 
@@ -89,7 +91,7 @@ def main() -> None:
     for name, folder in job["checkpoints"].items():
         llm = None
         try:
-            llm = load(folder, job["memory_share"])
+            llm = load(folder, job["options"])
             answer = ask(llm, job["prompts"])
         except Exception as error:
             traceback.print_exc()

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare builds of vLLM on the test exports with a float32 reference in plain torch.
 
-    python -m examples.compare_builds RESULTS.json [LABEL=FOLDER ...]
+    python -m examples.compare_builds [--tensor-parallel-size N] RESULTS.json
+        [LABEL=FOLDER ...]
 
 Each FOLDER holds a build, to be put on PYTHONPATH; without any, the installed vLLM is
-run. RESULTS gets `{"device", "date", "prompts", "rows": [{"build", "layout",
-"exact_match", "top1", "overlap20", "mean_abs_dlogprob", "seconds"}]}`.
+run. RESULTS gets `{"device", "date", "prompts", "tensor_parallel_size", "rows":
+[{"build", "layout", "exact_match", "top1", "overlap20", "mean_abs_dlogprob",
+"seconds"}]}`.
 """
 
+import argparse
 import datetime
 import json
 import math
@@ -36,6 +39,8 @@ QUESTIONS = addition.held_out(200)
 TOP = 20
 MAX_TOKENS = 5  # the same in ask_checkpoints.py
 MEMORY_SHARE = 0.3  # of the device's memory: more than the small model needs
+# Set, the cache is not measured, and builds may be run at the same time.
+CACHE_BYTES = 256 << 20
 
 
 # What a build said to one checkpoint's questions; examples/ask_checkpoints.py.
@@ -80,6 +85,7 @@ def ask(
     prompts: Sequence[Sequence[int]],
     package: Path | None,
     script: Path | None = None,
+    tensor_parallel_size: int = 1,
 ) -> Generator[tuple[str, Answers], None, None]:
     """Names and answers of the checkpoints by a build, in order, as they come.
 
@@ -95,10 +101,11 @@ def ask(
     while left:
         job, log = folder / "job.json", folder / f"{next(iter(left))}.log"
         paths = {name: str(path) for name, path in left.items()}
+        options = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": CACHE_BYTES}
+        if tensor_parallel_size > 1:
+            options["tensor_parallel_size"] = tensor_parallel_size
         job.write_text(
-            json.dumps(
-                {"prompts": prompts, "memory_share": MEMORY_SHARE, "checkpoints": paths}
-            )
+            json.dumps({"prompts": prompts, "options": options, "checkpoints": paths})
         )
         with log.open("w") as file:
             process = subprocess.Popen(
@@ -169,9 +176,14 @@ def device_name() -> str:
 
 
 def main() -> None:
-    results, *labels = sys.argv[1:]
-    builds: dict[str, Path | None] = {"installed": None} if not labels else {}
-    for label in labels:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument("results", type=Path, metavar="RESULTS.json")
+    parser.add_argument("builds", nargs="*", metavar="LABEL=FOLDER")
+    args = parser.parse_args()
+    num_ranks = args.tensor_parallel_size
+    builds: dict[str, Path | None] = {} if args.builds else {"installed": None}
+    for label in args.builds:
         build, folder = label.split("=", 1)
         builds[build] = Path(folder)
     prompts = make_prompts()
@@ -179,7 +191,9 @@ def main() -> None:
     rows = []
     for build, package in builds.items():
         started = time.monotonic()
-        for layout, answers in ask(build, EXPORTS, prompts, package):
+        for layout, answers in ask(
+            build, EXPORTS, prompts, package, tensor_parallel_size=num_ranks
+        ):
             if error := answers.get("error"):
                 sys.exit(f"error: {build}, {layout}: {error}")
             seconds = round(time.monotonic() - started, 1)
@@ -190,8 +204,14 @@ def main() -> None:
             print(rows[-1], flush=True)
             started = time.monotonic()
     date = datetime.date.today().isoformat()
-    head = {"device": device_name(), "date": date, "prompts": len(prompts)}
-    Path(results).write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    found = {
+        "device": device_name(),
+        "date": date,
+        "prompts": len(prompts),
+        "tensor_parallel_size": num_ranks,
+        "rows": rows,
+    }
+    args.results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -337,7 +337,7 @@ def models(draw: st.DrawFn) -> Model:
         experts=draw(st.integers(size, 6)),
         heads=max(groups, size) * draw(st.integers(1, 2)),
         groups=groups,
-        head=8 * draw(st.integers(1, 2)),
+        head=32 * draw(st.integers(1, 2)),
     )
     attention = tuple(f"{micro.MOE}.self_attn.{name}_proj" for name in "qkv")
     optional = draw(st.sampled_from([(), micro.SHARED, attention]))
