@@ -342,10 +342,10 @@ def _scheme_issues(
                 "wrong",
                 "experts with one scale a channel and static activations",
                 f"The Triton kernel of vLLM {listed(old)} takes scales of other "
-                "channels: garbage. This fork refuses it on GPUs (patch 0009) and "
-                "computes it on CPUs (patch 0007).",
+                "channels: garbage. This fork refuses it on GPUs (patch 0009) but "
+                "Hopper (patch 0012), and computes it there and on CPUs (patch 0007).",
                 "export with dynamic activations or per-tensor weights, or run this "
-                "fork on a CPU",
+                "fork on a Hopper GPU or a CPU",
                 static_channels,
             ),
             on(old, "wrong") | on([FORK_GPU], "refused"),
