@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve a Quark INT8 checkpoint with stock vLLM and with the fork, side by side.
+
+    python -m benchmarks.benchmark_serving_int8 --stock FOLDER
+
+FOLDER holds a stock build of vLLM, with the patches 0001 to 0003, to be put on
+PYTHONPATH. Writes a random checkpoint with the widths of Step-3.5-Flash and few layers,
+and measures in parts, each of which may be a call of its own:
+
+- serve: both servers on the GPU at a time, started one after the other; `vllm bench
+  serve` for each batch and length of prompts in the turns stock, fork, fork, stock
+- offline: an engine of each build; `vllm bench latency`, then `vllm bench throughput`
+- profile: where the GPU time of a decode step and of a prefill goes, by kind of kernel
+
+Writes medians to OUT/<chip>/serving_int8.json, a plot beside it, and the profile to
+docs/results. Rows that are measured again are replaced. Exits 0 whether the bars are
+met or missed, and 1 where it cannot be measured.
+"""
+
+import argparse
+import datetime
+import json
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.serving import report
+from benchmarks.serving.checkpoint import Widths, weights_bytes, write_checkpoint
+from benchmarks.serving.errors import BenchmarkError
+from benchmarks.serving.kernel_kinds import summarize
+from benchmarks.serving.processes import (
+    Build,
+    MemoryPeak,
+    Running,
+    loading,
+    running,
+    server,
+    wait_for,
+    wait_until_ready,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+JOBS = ROOT / "benchmarks/serving/jobs.py"
+PARTS = ("serve", "offline", "profile")
+TURNS = ("stock", "fork", "fork", "stock")
+BATCHES, PROMPT_TOKENS = (1, 8, 64, 256), (128, 2048, 8192)
+MAX_NUM_SEQS = 256
+# What a step of the engine takes at most; the server's default on such a GPU.
+STEP_TOKENS = 8192
+# Device memory of an engine beside its weights and its keys and values.
+ENGINE_GIB = 5.0
+# Of a GPU's memory, for all: the rest is this process's and the driver's.
+MEMORY_SHARE = 0.95
+LATENCY = {"batch": 1, "prompt_tokens": 128, "output_tokens": 128}
+THROUGHPUT = {"batch": 64, "prompt_tokens": 8192, "output_tokens": 16}
+PROFILE = {"decode_batches": [1, 64, 256], "prefill": 8192}
+# By these Triton kernels a build is known; each must have run its own alone.
+KERNELS = {"stock": {"fused_moe_kernel"}, "fork": {"w13_kernel", "w13_few_kernel"}}
+
+console = Console(width=120)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, by which builds, and where it goes."""
+
+    builds: dict[str, Build]
+    work: Path
+    out: Path
+    profile_out: Path
+    widths: Widths
+    batches: Sequence[int] = BATCHES
+    prompt_tokens: Sequence[int] = PROMPT_TOKENS
+    latency: dict[str, int] | None = None
+    throughput: dict[str, int] | None = None
+    profile: dict[str, Any] | None = None
+    engine_args: Sequence[str] = ()  # beside those that are always given
+
+    @property
+    def model(self) -> Path:
+        return self.work / "checkpoint"
+
+
+def cell(batch: int, prompt_tokens: int) -> dict[str, int]:
+    """A run of `vllm bench serve`: long enough to tell, some seconds at most."""
+    return {
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "num_prompts": max(batch, min(4 * batch, 16)),
+        "output_tokens": max(64, 256 // max(1, batch // 32)),
+    }
+
+
+def kv_cache_bytes(widths: Widths) -> int:
+    """Memory for keys and values of each of two engines that share the device."""
+    if not torch.cuda.is_available():
+        return 1 << 28
+    total = torch.cuda.get_device_properties(0).total_memory * MEMORY_SHARE
+    left = total / 2 - weights_bytes(widths) - ENGINE_GIB * 2**30
+    if left < 2**30:
+        raise BenchmarkError(
+            f"two engines of {weights_bytes(widths) / 2**30:.1f} GiB of weights do not "
+            f"fit in {total / 2**30:.1f} GiB of GPU memory: fewer --layers"
+        )
+    return int(left)
+
+
+def engine_args(settings: Settings) -> list[str]:
+    """The same for all engines, so that times and memory can be compared."""
+    cells = [cell(b, p) for b in settings.batches for p in settings.prompt_tokens]
+    cells += [settings.latency or LATENCY, settings.throughput or THROUGHPUT]
+    longest = max(one["prompt_tokens"] + one["output_tokens"] for one in cells)
+    return [
+        *("--max-model-len", str(longest)),
+        *("--max-num-seqs", str(MAX_NUM_SEQS)),
+        *("--max-num-batched-tokens", str(STEP_TOKENS)),
+        *("--kv-cache-memory-bytes", str(kv_cache_bytes(settings.widths))),
+        # Only looked at to see that so much is free when the second one starts.
+        *("--gpu-memory-utilization", "0.4"),
+        # Prompts that come again are to be read again.
+        "--no-enable-prefix-caching",
+        *settings.engine_args,
+    ]
+
+
+def describe_start(
+    build: Build,
+    engine: str,
+    process: Running,
+    ready: float,
+    peak: MemoryPeak,
+    compiled: bool,
+) -> dict[str, Any]:
+    """What a start took."""
+    weights_s, model_gib = loading(process.log)
+    return {
+        "build": build.name,
+        "engine": engine,
+        "compiled": compiled,  # by an earlier start
+        "weights_s": round(weights_s, 2),
+        "start_s": round(ready - process.started, 2),
+        "model_gib": model_gib,
+        "peak_gib": round(peak.gib, 3) or None,
+    }
+
+
+def run_job(
+    settings: Settings,
+    build: Build,
+    job: dict[str, Any],
+    env: dict[str, str] | None = None,
+    others: Sequence[Running] = (),
+) -> tuple[list[dict[str, Any]], Running]:
+    """Run a job of jobs.py in a build; its lines, and the process, which has ended."""
+    name = f"{job['job']}-{build.name}"
+    folder = settings.work / "jobs"
+    folder.mkdir(parents=True, exist_ok=True)
+    out, file = folder / f"{name}.jsonl", folder / f"{name}.json"
+    file.write_text(
+        json.dumps(job | {"model": str(settings.model), "out": str(out)}, indent=1)
+    )
+    with running(
+        f"the {job['job']} job of {build.name}",
+        [sys.executable, "-P", JOBS, file],
+        build.environment() | (env or {}),
+        folder / f"{name}.log",
+    ) as process:
+        wait_for(process, *others)
+    return [json.loads(line) for line in out.read_text().splitlines()], process
+
+
+def is_compiled(build: Build) -> bool:
+    return build.cache.exists()
+
+
+def measure_serving(settings: Settings) -> dict[str, list[dict[str, Any]]]:
+    starts = []
+    with ExitStack() as stack:
+        servers, urls = [], {}
+        for build in settings.builds.values():
+            # Another start would find what this one compiles.
+            shutil.rmtree(build.cache, ignore_errors=True)
+            log = settings.work / "jobs" / f"server-{build.name}.log"
+            console.print(f"starting the server of {build.name}: {log}")
+            peak = MemoryPeak()
+            process, url = stack.enter_context(
+                server(build, settings.model, engine_args(settings), log)
+            )
+            with peak:
+                wait_until_ready(process, url)
+            servers.append(process)
+            urls[build.name] = url
+            starts.append(
+                describe_start(build, "serve", process, time.time(), peak, False)
+            )
+            console.print(f"ready: {starts[-1]}", highlight=False)
+        cells = [cell(b, p) for p in settings.prompt_tokens for b in settings.batches]
+        job = {"job": "serve", "urls": urls, "turns": TURNS, "cells": cells}
+        with console.status("asking the servers"):
+            lines, _ = run_job(settings, settings.builds["fork"], job, None, servers)
+    rows = []
+    for one in cells:
+        results: dict[str, list[dict[str, Any]]] = {"stock": [], "fork": []}
+        for line in lines:
+            if line["cell"] == one:
+                results[line["build"]].append(line["result"])
+        for metric, name in (
+            (report.TTFT, "median_ttft_ms"),
+            (report.TPOT, "median_tpot_ms"),
+            (report.OUTPUT_RATE, "output_throughput"),
+            (report.TOTAL_RATE, "total_token_throughput"),
+        ):
+            samples = {b: [run[name] for run in runs] for b, runs in results.items()}
+            place = one["batch"], one["prompt_tokens"]
+            rows.append(report.make_row(metric, samples, *place))
+    return {"rows": rows, "starts": starts}
+
+
+def measure_offline(settings: Settings) -> dict[str, list[dict[str, Any]]]:
+    latency = settings.latency or LATENCY
+    throughput = settings.throughput or THROUGHPUT
+    starts = []
+    samples: dict[str, dict[str, list[float]]] = {"latency": {}, "throughput": {}}
+    # The other way round than the servers, of which stock's was first.
+    for build in reversed(settings.builds.values()):
+        compiled = is_compiled(build)
+        job = {
+            "job": "offline",
+            "engine_args": engine_args(settings),
+            "latency": latency,
+            "throughput": throughput,
+        }
+        with console.status(f"offline: {build.name}"), MemoryPeak() as peak:
+            lines, process = run_job(settings, build, job)
+        [ready] = [line["ready"] for line in lines if "ready" in line]
+        starts.append(describe_start(build, "offline", process, ready, peak, compiled))
+        console.print(f"offline: {starts[-1]}", highlight=False)
+        for line in lines:
+            if "metric" in line:
+                samples[line["metric"]][build.name] = line["samples"]
+    rows = [
+        report.make_row(metric, samples[name], one["batch"], one["prompt_tokens"])
+        for metric, name, one in (
+            (report.LATENCY, "latency", latency),
+            (report.THROUGHPUT, "throughput", throughput),
+        )
+    ]
+    return {"rows": rows, "starts": starts}
+
+
+def check_kernels(builds: dict[str, Build]) -> None:
+    """Each build has compiled its own kernels of the INT8 MoE and not the other's."""
+    for name, build in builds.items():
+        compiled = build.compiled_kernels()
+        [other] = set(KERNELS) - {name}
+        if not compiled & KERNELS[name] or compiled & KERNELS[other]:
+            raise BenchmarkError(
+                f"{name}: expected one of the kernels {sorted(KERNELS[name])} and none "
+                f"of {sorted(KERNELS[other])} in {build.cache}, found "
+                f"{sorted(compiled & (KERNELS[name] | KERNELS[other]))}: is "
+                f"{build.folder} that build?"
+            )
+
+
+def measure_profile(settings: Settings) -> dict[str, Any]:
+    """By build and phase, what `summarize` says and the wall clock a step."""
+    found: dict[str, Any] = {}
+    for build in settings.builds.values():
+        job = {"job": "profile", "engine_args": engine_args(settings)}
+        env = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1",
+        }
+        with console.status(f"profile: {build.name}"):
+            lines, process = run_job(
+                settings, build, job | (settings.profile or PROFILE), env
+            )
+        phases = {}
+        for line in lines:
+            if "phase" not in line:
+                continue
+            try:
+                trace = json.loads(Path(line["trace"]).read_text())
+                summary = summarize(trace, line["steps"])
+            except ValueError as error:
+                raise BenchmarkError(f"{line['trace']}: {error}") from error
+            phases[line["phase"]] = {"wall_us": round(line["wall_us"], 1), **summary}
+        found[build.name] = phases
+    return found
+
+
+def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
+    """Measure the parts; the results so far, these among them."""
+    chip = chip_name()
+    path = settings.out / chip / "serving_int8.json"
+    result = report.load(path, chip, settings.widths.layers)
+    write_checkpoint(settings.model, settings.widths)
+    for part, measure_part in (
+        ("serve", measure_serving),
+        ("offline", measure_offline),
+    ):
+        if part not in parts:
+            continue
+        found = measure_part(settings)
+        if torch.cuda.is_available():
+            check_kernels(settings.builds)
+        result["starts"] = report.merge(
+            result["starts"], found["starts"], ("build", "engine")
+        )
+        result["rows"] = report.merge(
+            result["rows"],
+            found["rows"] + report.loading_rows(result["starts"]),
+            ("metric", "batch", "prompt_tokens"),
+        )
+        result["date"] = datetime.date.today().isoformat()
+        report.save(path, result)
+        report.plot(result, path.with_suffix(".png"))
+    if result["rows"]:
+        report.show(result["rows"], console)
+    if "profile" in parts:
+        profile = {
+            "chip": chip,
+            "date": datetime.date.today().isoformat(),
+            "layers": settings.widths.layers,
+            "builds": measure_profile(settings),
+        }
+        report.save(settings.profile_out / profile_name(chip), profile)
+        console.print(report.profile_markdown(profile), highlight=False, markup=False)
+    return result
+
+
+def chip_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().replace(" ", "_")
+    return "CPU"
+
+
+def profile_name(chip: str) -> str:
+    """As the other results are named: h100 for NVIDIA_H100_80GB_HBM3."""
+    short = re.sub(r"^(NVIDIA|AMD_Instinct)_", "", chip).partition("_")[0].lower()
+    return f"serving-profile-{short}.json"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--stock", type=Path, metavar="FOLDER")
+    parser.add_argument("--fork", type=Path, metavar="FOLDER", help="if not installed")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument(
+        "--profile-out", type=Path, default=ROOT / "docs/results", metavar="FOLDER"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "build/serving",
+        metavar="FOLDER",
+        help="for the checkpoint (20 GiB with 5 layers), logs and caches",
+    )
+    parser.add_argument("--layers", type=int, default=Widths().layers, metavar="N")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, metavar="N")
+    parser.add_argument(
+        "--prompt-tokens", type=int, nargs="+", default=PROMPT_TOKENS, metavar="N"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS[:2], help="which to measure"
+    )
+    parser.add_argument(
+        "--tables",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS.json",
+        help="measure nothing: print these as Markdown",
+    )
+    args = parser.parse_args()
+    if args.layers < 2:
+        parser.error("--layers: the first is dense, at least one has experts")
+    if not args.tables:
+        if not args.stock:
+            parser.error("--stock FOLDER: a stock build of vLLM to compare with")
+        for folder in filter(None, (args.stock, args.fork)):
+            if not (folder / "vllm/__init__.py").exists():
+                parser.error(f"{folder}: expected a folder that holds vllm/")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    for path in args.tables or ():
+        result = json.loads(path.read_text())
+        tables = report.profile_markdown if "builds" in result else report.markdown
+        print(tables(result))
+    if args.tables:
+        return
+    # So that what was started is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))
+    work = args.work.resolve()
+    folders = {"stock": args.stock, "fork": args.fork}
+    settings = Settings(
+        builds={n: Build(n, f, work / "cache" / n) for n, f in folders.items()},
+        work=work,
+        out=args.out,
+        profile_out=args.profile_out,
+        widths=Widths(layers=args.layers),
+        batches=args.batches,
+        prompt_tokens=args.prompt_tokens,
+    )
+    try:
+        measure(settings, args.parts)
+    except BenchmarkError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
+
+
+if __name__ == "__main__":
+    main()

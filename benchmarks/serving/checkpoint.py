@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A random Quark INT8 export with the widths of Step-3.5-Flash and few layers."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+
+from benchmarks.serving.errors import BenchmarkError
+
+ROOT = Path(__file__).resolve().parents[2]
+# The scheme is what amd-quark wrote for the test exports.
+FIXTURE = ROOT / "tests/fixtures/step3p5-tiny/int8-3key/config.json"
+SHARD_BYTES = int(4.5 * 2**30)
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+MEAN_INT8 = 74  # root mean square of the integers from -127 to 127
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of a Step-3.5; the defaults are Step-3.5-Flash's, but for its 45 layers.
+
+    The first layer is dense, all others have experts (Step-3.5-Flash: three and 42).
+    Every fourth layer, from the first on, has full attention, the others a window.
+    """
+
+    layers: int = 5
+    hidden: int = 4096
+    vocab: int = 128896
+    dense_width: int = 11264
+    experts: int = 288
+    top_k: int = 8
+    expert_width: int = 1280
+    heads: int = 64
+    sliding_heads: int = 96
+    kv_heads: int = 8
+    head_dim: int = 128
+    sliding_window: int = 512
+
+    def is_full(self, layer: int) -> bool:
+        return layer % 4 == 0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor that is to be written; its values have about this deviation."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    std: float
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def make_config(widths: Widths) -> dict[str, Any]:
+    """config.json: attention and routed experts INT8, all else bfloat16."""
+    quark = json.loads(FIXTURE.read_text())["quantization_config"]
+    layers = range(widths.layers)
+    bf16 = ["lm_head"]
+    for layer in layers:
+        mlp = "mlp" if layer == 0 else "share_expert"
+        names = ["self_attn.g_proj", *(f"{mlp}.{p}" for p in PROJECTIONS)]
+        names += ["moe.gate"] if layer else []
+        bf16 += [f"model.layers.{layer}.{name}" for name in names]
+    full = [widths.is_full(layer) for layer in layers]
+    return {
+        "architectures": ["Step3p5ForCausalLM"],
+        "model_type": "step3p5",
+        "torch_dtype": "bfloat16",
+        "vocab_size": widths.vocab,
+        "tie_word_embeddings": False,
+        "hidden_size": widths.hidden,
+        "num_hidden_layers": widths.layers,
+        "rms_norm_eps": 1e-05,
+        "max_position_embeddings": 131072,
+        "max_seq_len": 131072,
+        "att_impl_type": "GQA",
+        "num_attention_heads": widths.heads,
+        "num_attention_groups": widths.kv_heads,
+        "head_dim": widths.head_dim,
+        "attention_other_setting": {
+            "attention_type": "sliding_attention",
+            "num_attention_heads": widths.sliding_heads,
+            "num_attention_groups": widths.kv_heads,
+            "head_dim": widths.head_dim,
+        },
+        "layer_types": [f"{'full' if x else 'sliding'}_attention" for x in full],
+        "sliding_window": widths.sliding_window,
+        "use_head_wise_attn_gate": True,
+        "rope_theta": [5e6 if x else 1e4 for x in full],
+        "partial_rotary_factors": [0.5 if x else 1.0 for x in full],
+        "intermediate_size": widths.dense_width,
+        "use_moe": True,
+        "moe_layers_enum": ",".join(map(str, layers[1:])),
+        "moe_num_experts": widths.experts,
+        "moe_top_k": widths.top_k,
+        "moe_intermediate_size": widths.expert_width,
+        "share_expert_dim": widths.expert_width,
+        "moe_router_activation": "sigmoid",
+        "moe_router_scaling_factor": 3.0,
+        "norm_expert_weight": True,
+        "use_moe_router_bias": True,
+        "need_fp32_gate": True,
+        "swiglu_limits": [0.0] * widths.layers,
+        "swiglu_limits_shared": [0.0] * widths.layers,
+        "quantization_config": quark | {"exclude": sorted(bf16)},
+    }
+
+
+def specs(widths: Widths) -> Iterator[Spec]:
+    """All tensors; the experts of a layer are stacked, as Step-3.5-Flash has them."""
+    bf16 = torch.bfloat16
+    hidden, head = widths.hidden, widths.head_dim
+
+    def linear(name: str, *shape: int, int8: bool) -> Iterator[Spec]:
+        std = shape[-1] ** -0.5  # which keeps activations in range
+        yield Spec(f"{name}.weight", shape, torch.int8 if int8 else bf16, std)
+        if int8:
+            yield Spec(f"{name}.weight_scale", shape[:-1], torch.float32, std)
+
+    def mlp(name: str, width: int, *experts: int, int8: bool) -> Iterator[Spec]:
+        for projection in PROJECTIONS:
+            shape = (hidden, width) if projection == "down_proj" else (width, hidden)
+            yield from linear(f"{name}.{projection}", *experts, *shape, int8=int8)
+
+    def norm(name: str, size: int) -> Spec:
+        return Spec(f"{name}.weight", (size,), bf16, 0.02)
+
+    yield Spec("model.embed_tokens.weight", (widths.vocab, hidden), bf16, 0.02)
+    for index in range(widths.layers):
+        layer = f"model.layers.{index}"
+        attention = f"{layer}.self_attn"
+        heads = widths.heads if widths.is_full(index) else widths.sliding_heads
+        query, key = heads * head, widths.kv_heads * head
+        for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+            yield from linear(f"{attention}.{name}", rows, hidden, int8=True)
+        yield from linear(f"{attention}.o_proj", hidden, query, int8=True)
+        yield from linear(f"{attention}.g_proj", heads, hidden, int8=False)
+        for name in ("q_norm", "k_norm"):
+            yield norm(f"{attention}.{name}", head)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield norm(f"{layer}.{name}", hidden)
+        if index == 0:
+            yield from mlp(f"{layer}.mlp", widths.dense_width, int8=False)
+            continue
+        width = widths.expert_width
+        yield from mlp(f"{layer}.share_expert", width, int8=False)
+        yield from linear(f"{layer}.moe.gate", widths.experts, hidden, int8=False)
+        bias = f"{layer}.moe.router_bias"
+        yield Spec(bias, (widths.experts,), torch.float32, 0.01)
+        yield from mlp(f"{layer}.moe", width, widths.experts, int8=True)
+    yield norm("model.norm", hidden)
+    yield from linear("lm_head", widths.vocab, hidden, int8=False)
+
+
+def fill(spec: Spec, generator: torch.Generator) -> Tensor:
+    """The tensor, made where the generator is: int8 from -127 to 127 without zeros."""
+    device = generator.device
+    if spec.dtype == torch.int8:
+        tensor = torch.empty(spec.shape, dtype=torch.int8, device=device)
+        tensor.random_(-127, 127, generator=generator)
+        return tensor.add_(tensor >= 0).cpu()
+    if spec.name.endswith("_scale"):
+        # From a half to one and a half of what gives the weight its deviation.
+        tensor = torch.rand(spec.shape, generator=generator, device=device)
+        return ((tensor + 0.5) * (spec.std / MEAN_INT8)).cpu()
+    tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+    return tensor.normal_(0, spec.std, generator=generator).cpu()
+
+
+def plan(widths: Widths, shard_bytes: int) -> list[list[Spec]]:
+    """The tensors of each shard, in order; a larger tensor has one for itself."""
+    shards: list[list[Spec]] = [[]]
+    size = 0
+    for spec in specs(widths):
+        if shards[-1] and size + spec.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def weights_bytes(widths: Widths) -> int:
+    return sum(spec.nbytes for spec in specs(widths))
+
+
+def write_checkpoint(
+    folder: Path, widths: Widths, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the export with a tokenizer, unless the folder holds the very same.
+
+    One shard is in memory at a time. What is unfinished is in a folder named `.part`,
+    which is renamed when it is whole and removed when it cannot be.
+
+    Raises:
+        BenchmarkError: the disk has too little space; nothing is written then.
+    """
+    config = json.dumps(make_config(widths), indent=1) + "\n"
+    config_file = folder / "config.json"
+    if config_file.exists() and config_file.read_text() == config:
+        return
+    part = folder.with_name(f"{folder.name}.part")
+    for left in (folder, part):
+        shutil.rmtree(left, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    total = weights_bytes(widths)
+    free = shutil.disk_usage(folder.parent).free
+    if free < total:
+        raise BenchmarkError(
+            f"{folder.parent}: the checkpoint needs {total / 2**30:.1f} GiB of disk, "
+            f"found {free / 2**30:.1f} GiB: choose another place with --work, or "
+            "fewer --layers"
+        )
+    part.mkdir()
+    try:
+        _write(part, config, plan(widths, shard_bytes), widths.vocab)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _write(folder: Path, config: str, shards: list[list[Spec]], vocab: int) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(SEED)
+    total = sum(spec.nbytes for shard in shards for spec in shard)
+    places: dict[str, str] = {}
+    with Progress() as progress:
+        task = progress.add_task("Writing the checkpoint", total=total)
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = {}
+            for spec in shard:
+                tensors[spec.name] = fill(spec, generator)
+                places[spec.name] = file
+                progress.advance(task, spec.nbytes / 2)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            progress.advance(task, sum(spec.nbytes for spec in shard) / 2)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the engines need the memory
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_tokenizer(folder, vocab)
+    (folder / "config.json").write_text(config)
+
+
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    """A token is its id in hexadecimal: any text of N tokens is N tokens again."""
+    # vLLM bounds a prompt's characters by its longest token, which here must be longer
+    # than others are with the space behind them.
+    unknown = "(unknown)"
+    words = {unknown: 0} | {f"{token:x}": token for token in range(1, vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs inside a build: vLLM's own benchmarks, and a profile.
+
+    python -P jobs.py JOB.json
+
+JOB is `{"job": "serve" | "offline" | "profile", "model": folder, "out": file, ..}`; the
+function of that name says what else. The file `out` gets a line of JSON a result.
+"""
+
+import json
+import random
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Job = dict[str, Any]
+Emit = Callable[[dict[str, Any]], None]
+
+WARM_UP_PROMPTS, WARM_UP_TOKENS = 32, 8
+LATENCY_RUNS, THROUGHPUT_RUNS = 10, 3
+# In a profile: a few steps until all requests decode, and those that count.
+PROFILE_WARM_UP, PROFILE_STEPS = 8, 10
+PROFILE_PROMPT = 128
+
+
+def parse(add_cli_args: Callable[[Any], Any], arguments: list[str]) -> Namespace:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    return parser.parse_args(arguments)
+
+
+def serve(job: Job, emit: Emit) -> None:
+    """`vllm bench serve` for each of `cells`, against the servers of `urls` in `turns`.
+
+    One process asks all servers, since its start takes longer than a run.
+    """
+    from vllm.benchmarks import serve
+
+    # Of each cell the prompts are the same, and so is the tokenizer: make them once.
+    tokenizer = serve.get_tokenizer(job["model"])
+    serve.get_tokenizer = lambda *_, **__: tokenizer
+    get_samples = serve.get_samples
+    samples: dict[tuple[int, ...], Any] = {}
+
+    def get_samples_once(args: Namespace, tokenizer: Any) -> Any:
+        key = args.num_prompts, args.random_input_len, args.random_output_len
+        if key not in samples:
+            samples[key] = get_samples(args, tokenizer)
+        return samples[key]
+
+    serve.get_samples = get_samples_once
+
+    def run(url: str, cell: Job, prompts: int, output_tokens: int) -> dict[str, Any]:
+        arguments = ["--base-url", url, "--model", job["model"], "--disable-tqdm"]
+        arguments += ["--dataset-name", "random", "--ignore-eos"]
+        # Greedy answers of random weights repeat themselves, and then their experts do.
+        arguments += ["--temperature", "1"]
+        for name, value in (
+            ("--num-prompts", prompts),
+            ("--max-concurrency", cell["batch"]),
+            ("--random-input-len", cell["prompt_tokens"]),
+            ("--random-output-len", output_tokens),
+        ):
+            arguments += [name, str(value)]
+        result = serve.main(parse(serve.add_cli_args, arguments))
+        if result["completed"] != prompts:
+            sys.exit(
+                f"error: {result['completed']} of {prompts} requests succeeded: "
+                "see the log of the server"
+            )
+        return result
+
+    for cell in job["cells"]:
+        samples.clear()
+        for url in job["urls"].values():
+            prompts = min(cell["num_prompts"], WARM_UP_PROMPTS)
+            run(url, cell, prompts, min(cell["output_tokens"], WARM_UP_TOKENS))
+        for build in job["turns"]:
+            url = job["urls"][build]
+            result = run(url, cell, cell["num_prompts"], cell["output_tokens"])
+            emit({"build": build, "cell": cell, "result": result})
+
+
+def offline(job: Job, emit: Emit) -> None:
+    """`vllm bench latency`, then `throughput`, with one engine of `engine_args`.
+
+    `latency` and `throughput` are `{"batch", "prompt_tokens", "output_tokens"}`.
+    """
+    from vllm import LLM
+    from vllm.benchmarks import latency, throughput
+
+    make = LLM.from_engine_args
+    engines: list[LLM] = []
+
+    def share_engine(engine_args: Any) -> LLM:
+        if not engines:
+            engines.append(make(engine_args))
+            emit({"ready": time.time()})
+        return engines[0]
+
+    LLM.from_engine_args = share_engine
+    out = Path(job["out"]).with_suffix(".result.json")
+    common = ["--model", job["model"], *job["engine_args"], "--output-json", str(out)]
+
+    cell = job["latency"]
+    arguments = ["--batch-size", str(cell["batch"]), "--num-iters-warmup", "3"]
+    arguments += ["--num-iters", str(LATENCY_RUNS)]
+    arguments += ["--input-len", str(cell["prompt_tokens"])]
+    arguments += ["--output-len", str(cell["output_tokens"])]
+    latency.main(parse(latency.add_cli_args, common + arguments))
+    seconds = json.loads(out.read_text())["latencies"]
+    emit({"metric": "latency", "samples": seconds})
+
+    cell = job["throughput"]
+    arguments = ["--dataset-name", "random"]
+    arguments += ["--random-input-len", str(cell["prompt_tokens"])]
+    arguments += ["--random-output-len", str(cell["output_tokens"])]
+    rates = []
+    for prompts in [WARM_UP_PROMPTS // 8, *[cell["batch"]] * THROUGHPUT_RUNS]:
+        number = ["--num-prompts", str(prompts)]
+        throughput.main(parse(throughput.add_cli_args, common + arguments + number))
+        rates.append(json.loads(out.read_text())["tokens_per_second"])
+    emit({"metric": "throughput", "samples": rates[1:]})
+
+
+def profile(job: Job, emit: Emit) -> None:
+    """Trace decode steps of each of `decode_batches`, and a prefill of `prefill`.
+
+    The engine is in this process: VLLM_ENABLE_V1_MULTIPROCESSING is 0, and
+    VLLM_CUSTOM_SCOPES_FOR_PROFILING 1, which names the parts of a step in the trace.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity
+    from vllm import LLM, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+
+    on_gpu = torch.cuda.is_available()
+    arguments = ["--model", job["model"], *job["engine_args"]]
+    args = parse(EngineArgs.add_cli_args, arguments)
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
+    emit({"ready": time.time()})
+    engine = llm.llm_engine
+    vocab = llm.model_config.get_vocab_size()
+    names = (f"request-{number}" for number in range(1 << 30))
+
+    def add(prompt_tokens: int, output_tokens: int) -> str:
+        name = next(names)
+        prompt = {"prompt_token_ids": random.choices(range(vocab), k=prompt_tokens)}
+        params = SamplingParams(
+            temperature=1.0,
+            max_tokens=output_tokens,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        engine.add_request(name, prompt, params)
+        return name
+
+    def synchronize() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            engine.step()
+
+    def finish() -> None:
+        while engine.has_unfinished_requests():
+            engine.step()
+
+    def seconds(work: Callable[[], None]) -> float:
+        synchronize()
+        started = time.perf_counter()
+        work()
+        synchronize()
+        return time.perf_counter() - started
+
+    def trace(phase: str, divisor: int, wall: float, work: Callable[[], None]) -> None:
+        activities = [ProfilerActivity.CPU]
+        activities += [ProfilerActivity.CUDA] if on_gpu else []
+        file = f"{Path(job['out']).with_suffix('')}-{phase.replace(' ', '-')}.json"
+        with torch.profiler.profile(activities=activities) as profiler:
+            seconds(work)
+        profiler.export_chrome_trace(file)
+        emit(
+            {
+                "phase": phase,
+                "steps": divisor,
+                "wall_us": wall * 1e6 / divisor,
+                "trace": file,
+            }
+        )
+
+    for batch in job["decode_batches"]:
+        # Prompts share steps by the thousand tokens: one a request is enough to start.
+        most = PROFILE_WARM_UP + batch + 2 * PROFILE_STEPS + 8
+        requests = [add(PROFILE_PROMPT, most) for _ in range(batch)]
+        started: set[str] = set()
+        while len(started) < batch:
+            started |= {output.request_id for output in engine.step()}
+        steps(PROFILE_WARM_UP)
+        wall = seconds(lambda: steps(PROFILE_STEPS))
+        phase = f"decode batch {batch}"
+        trace(phase, PROFILE_STEPS, wall, lambda: steps(PROFILE_STEPS))
+        engine.abort_request(requests)
+        finish()
+    for _ in range(2):
+        add(job["prefill"], 1)
+        wall = seconds(finish)
+    add(job["prefill"], 1)
+    trace(f"prefill {job['prefill']}", 1, wall, finish)
+
+
+JOBS = {"serve": serve, "offline": offline, "profile": profile}
+
+
+def main() -> None:
+    # An engine's own processes end with it where it ends in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    job = json.loads(Path(sys.argv[1]).read_text())
+    with open(job["out"], "w") as out:
+
+        def emit(line: dict[str, Any]) -> None:
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+
+        JOBS[job["job"]](job, emit)
+
+
+if __name__ == "__main__":
+    main()

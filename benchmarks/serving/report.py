@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of figures: merged, held against bars, shown, drawn, written as Markdown."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.serving.errors import BenchmarkError
+
+Row = dict[str, Any]
+BUILDS = ("stock", "fork")
+
+TTFT, TPOT = "time to first token (ms)", "time per output token (ms)"
+OUTPUT_RATE, TOTAL_RATE = "output tokens per second", "total tokens per second"
+LATENCY, THROUGHPUT = "latency (s)", "throughput (tokens/s)"
+SPEED = {
+    TTFT: "lower",
+    TPOT: "lower",
+    OUTPUT_RATE: "higher",
+    TOTAL_RATE: "higher",
+    LATENCY: "lower",
+    THROUGHPUT: "higher",
+}
+WEIGHTS_LOADING = "weights loading (s)"
+ENGINE_START = "engine start (s)"
+FIRST_START = "first engine start, nothing compiled (s)"
+MODEL_MEMORY, PEAK_MEMORY = "model memory (GiB)", "peak GPU memory (GiB)"
+LOADING = (WEIGHTS_LOADING, ENGINE_START, FIRST_START)
+MEMORY = (MODEL_MEMORY, PEAK_MEMORY)
+LONG_PROMPT = 8192
+
+
+def make_row(
+    metric: str,
+    samples: Mapping[str, Sequence[float]],
+    batch: int | None = None,
+    prompt_tokens: int | None = None,
+) -> Row:
+    """The medians of both builds' samples."""
+    medians = {build: statistics.median(samples[build]) for build in BUILDS}
+    return {
+        "metric": metric,
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        **{build: float(f"{value:.5g}") for build, value in medians.items()},
+        "better": SPEED.get(metric, "lower"),
+    }
+
+
+def loading_rows(starts: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Medians over the starts of engines; peaks are those of the server alone."""
+    starts = list(starts)
+
+    def of(key: str, keep: Callable[[Mapping[str, Any]], bool]) -> dict[str, list]:
+        return {
+            build: [
+                start[key]
+                for start in starts
+                if start["build"] == build and start[key] is not None and keep(start)
+            ]
+            for build in BUILDS
+        }
+
+    found = {
+        WEIGHTS_LOADING: of("weights_s", lambda _: True),
+        ENGINE_START: of("start_s", lambda start: start["compiled"]),
+        FIRST_START: of("start_s", lambda start: not start["compiled"]),
+        MODEL_MEMORY: of("model_gib", lambda _: True),
+        PEAK_MEMORY: of("peak_gib", lambda start: start["engine"] == "serve"),
+    }
+    return [
+        make_row(metric, samples)
+        for metric, samples in found.items()
+        if all(samples.values())
+    ]
+
+
+def merge(
+    old: Iterable[Row], new: Iterable[Row], key: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The old rows, each replaced by the new one of the same key; then those added."""
+    rows = {tuple(row[name] for name in key): row for row in old}
+    rows |= {tuple(row[name] for name in key): row for row in new}
+    return list(rows.values())
+
+
+def ratio(row: Row) -> float:
+    """How many times better the fork is: above 1 where it wins."""
+    if row["better"] == "lower":
+        return row["stock"] / row["fork"]
+    return row["fork"] / row["stock"]
+
+
+@dataclass(frozen=True)
+class Bar:
+    what: str
+    least: float
+    applies: Callable[[Row], bool]
+
+
+def bars(rows: Sequence[Row]) -> list[Bar]:
+    """What is asked of the fork; ratios as `ratio` has them."""
+    batches = [row["batch"] for row in rows if row["metric"] == TOTAL_RATE]
+    most = max(batches, default=0)
+
+    def is_long_throughput(row: Row) -> bool:
+        if row["prompt_tokens"] != LONG_PROMPT:
+            return False
+        return row["metric"] == THROUGHPUT or (
+            row["metric"] == TOTAL_RATE and row["batch"] == most
+        )
+
+    return [
+        Bar(
+            "time per output token, batch 1",
+            1.10,
+            lambda row: row["metric"] == TPOT and row["batch"] == 1,
+        ),
+        Bar(f"throughput, {LONG_PROMPT}-token prompts", 1.5, is_long_throughput),
+        Bar("no speed worse", 0.98, lambda row: row["metric"] in SPEED),
+        Bar("loading no slower", 1.0, lambda row: row["metric"] in LOADING),
+        Bar("no more memory", 1.0, lambda row: row["metric"] in MEMORY),
+    ]
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """A line a bar: met, missed by which row, or not measured."""
+    lines = []
+    for bar in bars(rows):
+        found = [row for row in rows if bar.applies(row)]
+        if not found:
+            lines.append(f"not measured: {bar.what} >= {bar.least:.2f}x")
+            continue
+        worst = min(found, key=ratio)
+        met = round(ratio(worst), 2) >= bar.least
+        lines.append(
+            f"{'met' if met else 'missed'}: {bar.what} >= {bar.least:.2f}x; least "
+            f"{ratio(worst):.2f}x, {describe(worst)}"
+        )
+    return lines
+
+
+def describe(row: Row) -> str:
+    if row["batch"] is None:
+        return row["metric"]
+    return f"{row['metric']}, {row['batch']} x {row['prompt_tokens']}"
+
+
+def load(path: Path, chip: str, layers: int) -> dict[str, Any]:
+    """The results so far, or none.
+
+    Raises:
+        BenchmarkError: those there are of another model.
+    """
+    if not path.exists():
+        return {"chip": chip, "layers": layers, "starts": [], "rows": []}
+    result = json.loads(path.read_text())
+    if result["layers"] != layers:
+        raise BenchmarkError(
+            f"{path}: expected results of {layers} layers, found {result['layers']}: "
+            "choose another --out, or remove it"
+        )
+    return result
+
+
+def save(path: Path, result: Mapping[str, Any]) -> None:
+    """Write JSON so that no half of it is ever there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    table = Table("metric", "batch", "prompt tokens", *BUILDS, "fork is better by")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        better = ratio(row)
+        colour = "green" if better >= 1.02 else "red" if better < 0.98 else "none"
+        table.add_row(
+            row["metric"],
+            *(str(row[name] or "") for name in ("batch", "prompt_tokens")),
+            *(f"{row[build]:,.5g}" for build in BUILDS),
+            f"[{colour}]{better:.2f}x",
+        )
+    console.print(table)
+    for line in verdicts(rows):
+        console.print(line, highlight=False)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Tables of the results for docs/serving.md: stock, fork and how much better."""
+    rows = result["rows"]
+    cells = [row for row in rows if row["metric"] in (TTFT, TPOT, TOTAL_RATE)]
+    others = [row for row in rows if row not in cells and row["metric"] != OUTPUT_RATE]
+    keys = list(dict.fromkeys((row["prompt_tokens"], row["batch"]) for row in cells))
+    names = (TTFT, TPOT, TOTAL_RATE)
+    lines = [
+        f"{result['chip'].replace('_', ' ')}, {result['date']}, {result['layers']} "
+        "layers; stock, fork, how many times better:",
+        "",
+        f"| prompt tokens | batch | {' | '.join(names)} |",
+        "|---:|---:|" + "---|" * len(names),
+    ]
+    by_key = {(r["prompt_tokens"], r["batch"], r["metric"]): r for r in cells}
+    for prompt_tokens, batch in sorted(keys):
+        found = [by_key.get((prompt_tokens, batch, name)) for name in names]
+        texts = " | ".join(figures(row) if row else "" for row in found)
+        lines.append(f"| {prompt_tokens} | {batch} | {texts} |")
+    lines += ["", "| | stock | fork | |", "|---|---:|---:|---:|"]
+    for row in others:
+        lines.append(
+            f"| {describe(row)} | {row['stock']:,.5g} | {row['fork']:,.5g} | "
+            f"{ratio(row):.2f}x |"
+        )
+    lines += ["", *(f"- {line}" for line in verdicts(rows))]
+    return "\n".join(lines) + "\n"
+
+
+def figures(row: Row) -> str:
+    return f"{row['stock']:,.4g}, {row['fork']:,.4g}, {ratio(row):.2f}x"
+
+
+def profile_markdown(result: Mapping[str, Any]) -> str:
+    """A table a phase: microseconds of GPU time a step, by kind of kernel."""
+    lines = []
+    builds = result["builds"]
+    for phase in next(iter(builds.values())):
+        summaries = [builds[build][phase] for build in builds]
+        lines += [
+            f"| {phase}, us | {' | '.join(f'{b} | share' for b in builds)} |",
+            "|---|" + "---:|---:|" * len(builds),
+        ]
+        for name in summaries[0]["kinds"]:
+            kinds = [summary["kinds"][name] for summary in summaries]
+            cells = " | ".join(f"{k['us']:,.1f} | {k['share']:.0%}" for k in kinds)
+            lines.append(f"| {name} | {cells} |")
+        for name, label in (("gpu_us", "all kernels"), ("wall_us", "wall clock")):
+            cells = " | ".join(f"{summary[name]:,.1f} | " for summary in summaries)
+            lines.append(f"| {label} | {cells} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError:
+        print("no plot: matplotlib is not installed")
+        return
+    rows = [row for row in result["rows"] if row["prompt_tokens"]]
+    lengths = sorted({row["prompt_tokens"] for row in rows})
+    if not lengths:
+        return
+    figure, axes = plt.subplots(
+        1, len(lengths), figsize=(4.5 * len(lengths), 4), squeeze=False, sharey=True
+    )
+    batches = sorted({row["batch"] for row in rows})
+    for axis, length in zip(axes[0], lengths, strict=True):
+        for metric in SPEED:
+            points = sorted(
+                (batches.index(row["batch"]), ratio(row))
+                for row in rows
+                if (row["metric"], row["prompt_tokens"]) == (metric, length)
+            )
+            if points:
+                label = metric.split(" (")[0]
+                axis.plot(*zip(*points, strict=True), marker="o", label=label)
+        axis.axhline(1, color="grey", linewidth=1)
+        axis.set(title=f"prompts of {length} tokens", xlabel="requests at a time")
+        axis.set_xticks(range(len(batches)), map(str, batches))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(f"times better than stock, {result['chip']}")
+    handles = {
+        label: handle
+        for axis in axes[0]
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="lower center", ncols=len(handles)
+    )
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
