@@ -25,11 +25,11 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -43,9 +43,9 @@ from benchmarks.serving.processes import (
     MemoryPeak,
     Running,
     loading,
+    results,
     running,
     server,
-    wait_for,
     wait_until_ready,
 )
 
@@ -89,6 +89,18 @@ class Settings:
     @property
     def model(self) -> Path:
         return self.work / "checkpoint"
+
+    @property
+    def jobs(self) -> Path:
+        """For what is asked of processes, what they answer, and their logs."""
+        return self.work / "jobs"
+
+
+class Found(NamedTuple):
+    """What a part has found so far."""
+
+    rows: list[report.Row]
+    starts: list[dict[str, Any]]
 
 
 def cell(batch: int, prompt_tokens: int) -> dict[str, int]:
@@ -154,18 +166,19 @@ def describe_start(
     }
 
 
-def run_job(
+@contextmanager
+def running_job(
     settings: Settings,
     build: Build,
     job: dict[str, Any],
     env: dict[str, str] | None = None,
-    others: Sequence[Running] = (),
-) -> tuple[list[dict[str, Any]], Running]:
-    """Run a job of jobs.py in a build; its lines, and the process, which has ended."""
+) -> Iterator[tuple[Running, Path]]:
+    """A job of jobs.py that runs in a build, and the file that it writes lines to."""
     name = f"{job['job']}-{build.name}"
-    folder = settings.work / "jobs"
+    folder = settings.jobs
     folder.mkdir(parents=True, exist_ok=True)
     out, file = folder / f"{name}.jsonl", folder / f"{name}.json"
+    out.unlink(missing_ok=True)
     file.write_text(
         json.dumps(job | {"model": str(settings.model), "out": str(out)}, indent=1)
     )
@@ -175,22 +188,17 @@ def run_job(
         build.environment() | (env or {}),
         folder / f"{name}.log",
     ) as process:
-        wait_for(process, *others)
-    return [json.loads(line) for line in out.read_text().splitlines()], process
+        yield process, out
 
 
-def is_compiled(build: Build) -> bool:
-    return build.cache.exists()
-
-
-def measure_serving(settings: Settings) -> dict[str, list[dict[str, Any]]]:
-    starts = []
+def measure_serving(settings: Settings) -> Generator[Found, None, None]:
+    """The starts of both servers, then the rows of each cell."""
     with ExitStack() as stack:
         servers, urls = [], {}
         for build in settings.builds.values():
             # Another start would find what this one compiles.
             shutil.rmtree(build.cache, ignore_errors=True)
-            log = settings.work / "jobs" / f"server-{build.name}.log"
+            log = settings.jobs / f"server-{build.name}.log"
             console.print(f"starting the server of {build.name}: {log}")
             peak = MemoryPeak()
             process, url = stack.enter_context(
@@ -198,64 +206,87 @@ def measure_serving(settings: Settings) -> dict[str, list[dict[str, Any]]]:
             )
             with peak:
                 wait_until_ready(process, url)
+            start = describe_start(build, "serve", process, time.time(), peak, False)
+            console.print(f"ready: {start}", highlight=False)
             servers.append(process)
             urls[build.name] = url
-            starts.append(
-                describe_start(build, "serve", process, time.time(), peak, False)
-            )
-            console.print(f"ready: {starts[-1]}", highlight=False)
+            yield Found([], [start])
         cells = [cell(b, p) for p in settings.prompt_tokens for b in settings.batches]
         job = {"job": "serve", "urls": urls, "turns": TURNS, "cells": cells}
-        with console.status("asking the servers"):
-            lines, _ = run_job(settings, settings.builds["fork"], job, None, servers)
+        runs: list[dict[str, Any]] = []
+        with running_job(settings, settings.builds["fork"], job) as (client, out):
+            for run in results(client, out, servers):
+                runs.append(run)
+                if len(runs) == len(TURNS):
+                    yield Found(cell_rows(runs), [])
+                    runs = []
+
+
+def cell_rows(runs: Sequence[dict[str, Any]]) -> list[report.Row]:
+    """The rows of a cell, from its runs by both builds."""
+    cell = runs[0]["cell"]
     rows = []
-    for one in cells:
-        results: dict[str, list[dict[str, Any]]] = {"stock": [], "fork": []}
-        for line in lines:
-            if line["cell"] == one:
-                results[line["build"]].append(line["result"])
-        for metric, name in (
-            (report.TTFT, "median_ttft_ms"),
-            (report.TPOT, "median_tpot_ms"),
-            (report.OUTPUT_RATE, "output_throughput"),
-            (report.TOTAL_RATE, "total_token_throughput"),
-        ):
-            samples = {b: [run[name] for run in runs] for b, runs in results.items()}
-            place = one["batch"], one["prompt_tokens"]
-            rows.append(report.make_row(metric, samples, *place))
-    return {"rows": rows, "starts": starts}
+    for metric, name in (
+        (report.TTFT, "median_ttft_ms"),
+        (report.TPOT, "median_tpot_ms"),
+        (report.OUTPUT_RATE, "output_throughput"),
+        (report.TOTAL_RATE, "total_token_throughput"),
+    ):
+        samples: dict[str, list[float]] = {build: [] for build in report.BUILDS}
+        for run in runs:
+            samples[run["build"]].append(run["result"][name])
+        place = cell["batch"], cell["prompt_tokens"]
+        rows.append(report.make_row(metric, samples, *place))
+    for row in rows:
+        console.print(
+            f"{report.describe(row)}: {row['stock']:,.5g} and {row['fork']:,.5g}, "
+            f"{report.ratio(row):.2f}x",
+            highlight=False,
+        )
+    return rows
 
 
-def measure_offline(settings: Settings) -> dict[str, list[dict[str, Any]]]:
-    latency = settings.latency or LATENCY
-    throughput = settings.throughput or THROUGHPUT
-    starts = []
-    samples: dict[str, dict[str, list[float]]] = {"latency": {}, "throughput": {}}
+def measure_offline(settings: Settings) -> Generator[Found, None, None]:
+    """The start of each build's engine, then the rows of latency and throughput."""
+    cells = {
+        "latency": settings.latency or LATENCY,
+        "throughput": settings.throughput or THROUGHPUT,
+    }
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in cells}
     # The other way round than the servers, of which stock's was first.
     for build in reversed(settings.builds.values()):
-        compiled = is_compiled(build)
+        compiled = build.cache.exists()
         job = {
             "job": "offline",
             "engine_args": engine_args(settings),
-            "latency": latency,
-            "throughput": throughput,
+            **cells,
         }
-        with console.status(f"offline: {build.name}"), MemoryPeak() as peak:
-            lines, process = run_job(settings, build, job)
-        [ready] = [line["ready"] for line in lines if "ready" in line]
-        starts.append(describe_start(build, "offline", process, ready, peak, compiled))
-        console.print(f"offline: {starts[-1]}", highlight=False)
-        for line in lines:
-            if "metric" in line:
-                samples[line["metric"]][build.name] = line["samples"]
-    rows = [
-        report.make_row(metric, samples[name], one["batch"], one["prompt_tokens"])
-        for metric, name, one in (
-            (report.LATENCY, "latency", latency),
-            (report.THROUGHPUT, "throughput", throughput),
-        )
-    ]
-    return {"rows": rows, "starts": starts}
+        console.print(f"offline: {build.name}")
+        peak = MemoryPeak()
+        with running_job(settings, build, job) as (process, out), peak:
+            for line in results(process, out):
+                if "ready" in line:
+                    ready = line["ready"]
+                else:
+                    samples[line["name"]][build.name] = line["samples"]
+        start = describe_start(build, "offline", process, ready, peak, compiled)
+        console.print(f"offline: {start}", highlight=False)
+        yield Found([], [start])
+    yield Found(
+        [
+            report.make_row(
+                metric,
+                samples[name],
+                cells[name]["batch"],
+                cells[name]["prompt_tokens"],
+            )
+            for name, metric in (
+                ("latency", report.LATENCY),
+                ("throughput", report.THROUGHPUT),
+            )
+        ],
+        [],
+    )
 
 
 def check_kernels(builds: dict[str, Build]) -> None:
@@ -276,15 +307,18 @@ def measure_profile(settings: Settings) -> dict[str, Any]:
     """By build and phase, what `summarize` says and the wall clock a step."""
     found: dict[str, Any] = {}
     for build in settings.builds.values():
-        job = {"job": "profile", "engine_args": engine_args(settings)}
+        job: dict[str, Any] = {
+            "job": "profile",
+            "engine_args": engine_args(settings),
+        }
         env = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1",
         }
-        with console.status(f"profile: {build.name}"):
-            lines, process = run_job(
-                settings, build, job | (settings.profile or PROFILE), env
-            )
+        console.print(f"profile: {build.name}")
+        job |= settings.profile or PROFILE
+        with running_job(settings, build, job, env) as (process, out):
+            lines = list(results(process, out))
         phases = {}
         for line in lines:
             if "phase" not in line:
@@ -311,19 +345,13 @@ def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
     ):
         if part not in parts:
             continue
-        found = measure_part(settings)
+        # Closed: whatever comes between two of its yields, its processes end.
+        with closing(measure_part(settings)) as parts_found:
+            for found in parts_found:
+                add(result, found)
+                report.save(path, result)
         if torch.cuda.is_available():
             check_kernels(settings.builds)
-        result["starts"] = report.merge(
-            result["starts"], found["starts"], ("build", "engine")
-        )
-        result["rows"] = report.merge(
-            result["rows"],
-            found["rows"] + report.loading_rows(result["starts"]),
-            ("metric", "batch", "prompt_tokens"),
-        )
-        result["date"] = datetime.date.today().isoformat()
-        report.save(path, result)
         report.plot(result, path.with_suffix(".png"))
     if result["rows"]:
         report.show(result["rows"], console)
@@ -337,6 +365,17 @@ def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
         report.save(settings.profile_out / profile_name(chip), profile)
         console.print(report.profile_markdown(profile), highlight=False, markup=False)
     return result
+
+
+def add(result: dict[str, Any], found: Found) -> None:
+    """Put what was found into the results, in place of what it measures again."""
+    result["date"] = datetime.date.today().isoformat()
+    key = ("build", "engine")
+    result["starts"] = report.merge(result["starts"], found.starts, key)
+    rows = found.rows + report.loading_rows(result["starts"])
+    place = ("metric", "batch", "prompt_tokens")
+    rows = report.merge(result["rows"], rows, place)
+    result["rows"] = sorted(rows, key=report.order)
 
 
 def chip_name() -> str:
@@ -364,7 +403,7 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         default=ROOT / "build/serving",
         metavar="FOLDER",
-        help="for the checkpoint (20 GiB with 5 layers), logs and caches",
+        help="for the checkpoint (24 GiB with 6 layers), logs and caches",
     )
     parser.add_argument("--layers", type=int, default=Widths().layers, metavar="N")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, metavar="N")

@@ -34,7 +34,7 @@ class Widths:
     Every fourth layer, from the first on, has full attention, the others a window.
     """
 
-    layers: int = 5
+    layers: int = 6
     hidden: int = 4096
     vocab: int = 128896
     dense_width: int = 11264

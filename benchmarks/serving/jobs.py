@@ -20,7 +20,8 @@ from typing import Any
 Job = dict[str, Any]
 Emit = Callable[[dict[str, Any]], None]
 
-WARM_UP_PROMPTS, WARM_UP_TOKENS = 32, 8
+# Before a cell counts: enough for each kernel that it needs to be compiled.
+WARM_UP_PROMPT_TOKENS, WARM_UP_OUTPUT_TOKENS = 1 << 19, 8
 LATENCY_RUNS, THROUGHPUT_RUNS = 10, 3
 # In a profile: a few steps until all requests decode, and those that count.
 PROFILE_WARM_UP, PROFILE_STEPS = 8, 10
@@ -49,7 +50,7 @@ def serve(job: Job, emit: Emit) -> None:
     samples: dict[tuple[int, ...], Any] = {}
 
     def get_samples_once(args: Namespace, tokenizer: Any) -> Any:
-        key = args.num_prompts, args.random_input_len, args.random_output_len
+        key = args.num_prompts, args.random_output_len
         if key not in samples:
             samples[key] = get_samples(args, tokenizer)
         return samples[key]
@@ -79,8 +80,9 @@ def serve(job: Job, emit: Emit) -> None:
     for cell in job["cells"]:
         samples.clear()
         for url in job["urls"].values():
-            prompts = min(cell["num_prompts"], WARM_UP_PROMPTS)
-            run(url, cell, prompts, min(cell["output_tokens"], WARM_UP_TOKENS))
+            most = max(1, WARM_UP_PROMPT_TOKENS // cell["prompt_tokens"])
+            prompts = min(cell["num_prompts"], most)
+            run(url, cell, prompts, WARM_UP_OUTPUT_TOKENS)
         for build in job["turns"]:
             url = job["urls"][build]
             result = run(url, cell, cell["num_prompts"], cell["output_tokens"])
@@ -115,18 +117,18 @@ def offline(job: Job, emit: Emit) -> None:
     arguments += ["--output-len", str(cell["output_tokens"])]
     latency.main(parse(latency.add_cli_args, common + arguments))
     seconds = json.loads(out.read_text())["latencies"]
-    emit({"metric": "latency", "samples": seconds})
+    emit({"name": "latency", "samples": seconds})
 
     cell = job["throughput"]
     arguments = ["--dataset-name", "random"]
     arguments += ["--random-input-len", str(cell["prompt_tokens"])]
     arguments += ["--random-output-len", str(cell["output_tokens"])]
     rates = []
-    for prompts in [WARM_UP_PROMPTS // 8, *[cell["batch"]] * THROUGHPUT_RUNS]:
+    for prompts in [min(4, cell["batch"]), *[cell["batch"]] * THROUGHPUT_RUNS]:
         number = ["--num-prompts", str(prompts)]
         throughput.main(parse(throughput.add_cli_args, common + arguments + number))
         rates.append(json.loads(out.read_text())["tokens_per_second"])
-    emit({"metric": "throughput", "samples": rates[1:]})
+    emit({"name": "throughput", "samples": rates[1:]})
 
 
 def profile(job: Job, emit: Emit) -> None:

@@ -11,8 +11,11 @@ TOP = 15
 HEAD_SCOPES = ("gpu_model_runner: postprocess", "gpu_model_runner: sample")
 HEAD = "lm_head and sampling"
 OTHER = "other"
+NORMS = "norms and elementwise"
 # The first that matches a kernel's name.
 KINDS = [
+    # What torch.compile makes; the names list operators around it too.
+    (NORMS, r"^triton_(poi|red|per)_"),
     (
         "INT8 MoE",
         r"^(w13|w2)_(few_|narrow_)?kernel|^(prepare|count|scan|align)_kernel"
@@ -31,8 +34,8 @@ KINDS = [
     ),
     ("sampling", r"(?i)sampl|softmax|exponential|argmax|multinomial|top_?[kp]_"),
     (
-        "norms and elementwise",
-        r"(?i)triton_|norm|elementwise|reduce|vectorized|fill|copy|cat|index|mem(cpy|set)",
+        NORMS,
+        r"(?i)norm|elementwise|reduce|vectorized|fill|copy|cat|index|mem(cpy|set)",
     ),
 ]
 ORDER = [
@@ -40,7 +43,7 @@ ORDER = [
     "MoE routing",
     "attention",
     "other linear layers",
-    "norms and elementwise",
+    NORMS,
     HEAD,
     OTHER,
 ]
@@ -56,8 +59,9 @@ def summarize(trace: dict[str, Any], steps: int) -> dict[str, Any]:
     """Microseconds a step and calls, by kind and for the kernels that take most.
 
     Args:
-        trace: as `torch.profiler` exports it: events with `cat`, `name`, and `ts` and
-            `dur` in microseconds.
+        trace: as `torch.profiler` exports it: events with `cat`, `name`, `tid`, and
+            `ts` and `dur` in microseconds; a kernel and the call that launched it have
+            the same `correlation`.
         steps: how many steps it holds.
 
     Returns:
@@ -69,14 +73,20 @@ def summarize(trace: dict[str, Any], steps: int) -> dict[str, Any]:
     """
     events = [event for event in trace["traceEvents"] if "dur" in event]
     head = [
-        (event["ts"], event["ts"] + event["dur"])
+        (event["tid"], event["ts"], event["ts"] + event["dur"])
         for event in events
-        if event.get("cat") == "gpu_user_annotation" and event["name"] in HEAD_SCOPES
+        if event.get("cat") == "user_annotation" and event["name"] in HEAD_SCOPES
     ]
+    from_head = {
+        event["args"]["correlation"]
+        for event in events
+        if event.get("cat") in ("cuda_runtime", "cuda_driver")
+        and any(t == event["tid"] and a <= event["ts"] < b for t, a, b in head)
+    }
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            in_head = any(start <= event["ts"] < end for start, end in head)
+            in_head = event["args"].get("correlation") in from_head
             times[event["name"], kind(event["name"], in_head)].append(event["dur"])
     if not times:
         raise ValueError("the profiler saw no kernel")

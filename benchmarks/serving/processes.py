@@ -2,6 +2,7 @@
 """Processes of a build under test: none is left behind, and none dies unnoticed."""
 
 import ctypes
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -145,7 +147,8 @@ def server(
     port = free_port()
     url = f"http://{HOST}:{port}"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
-    command += ["--host", HOST, "--port", str(port), *engine_args]
+    command += ["--host", HOST, "--port", str(port)]
+    command += ["--disable-uvicorn-access-log", *engine_args]
     what = f"the server of {build.name}"
     with running(what, command, build.environment(), log) as process:
         yield process, url
@@ -170,14 +173,25 @@ def wait_until_ready(server: Running, url: str) -> None:
         time.sleep(0.1)
 
 
-def wait_for(job: Running, *others: Running) -> None:
-    """Wait for the end of a job; raise if it fails or any of the others ends."""
-    while (status := job.process.poll()) is None:
-        for other in others:
-            other.check()
+def results(
+    job: Running, out: Path, others: Sequence[Running] = ()
+) -> Iterator[dict[str, Any]]:
+    """The lines of JSON that a job writes to a file, as they come, until it ends.
+
+    Raises if it fails, or if any of the others ends before.
+    """
+    at = 0
+    while True:
+        status = job.process.poll()  # first: what it wrote last is read after its end
+        *whole, _ = out.read_bytes()[at:].split(b"\n") if out.exists() else [b""]
+        for line in whole:
+            at += len(line) + 1
+            yield json.loads(line)
+        if status == 0:
+            return
+        for one in (job, *others):
+            one.check()
         time.sleep(0.1)
-    if status:
-        job.check()
 
 
 def loading(log: Path) -> tuple[float, float | None]:

@@ -48,9 +48,14 @@ def make_row(
         "metric": metric,
         "batch": batch,
         "prompt_tokens": prompt_tokens,
-        **{build: float(f"{value:.5g}") for build, value in medians.items()},
+        **{build: _short(value) for build, value in medians.items()},
         "better": SPEED.get(metric, "lower"),
+        "runs": {build: [_short(x) for x in samples[build]] for build in BUILDS},
     }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def loading_rows(starts: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -88,6 +93,13 @@ def merge(
     rows = {tuple(row[name] for name in key): row for row in old}
     rows |= {tuple(row[name] for name in key): row for row in new}
     return list(rows.values())
+
+
+def order(row: Row) -> tuple[int, int, int]:
+    """To sort rows: by metric, prompt and batch."""
+    metrics = [*SPEED, *LOADING, *MEMORY]
+    place = row["prompt_tokens"] or 0, row["batch"] or 0
+    return metrics.index(row["metric"]), *place
 
 
 def ratio(row: Row) -> float:
