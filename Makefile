@@ -25,7 +25,7 @@ VENV_FLAGS := $(if $(filter rocm,$(VLLM_TARGET_DEVICE)),--system-site-packages)
 .DELETE_ON_ERROR:
 .PHONY: help install wheel demo matrix test test-nightly test-mutants fuzz fuzz-check fixtures \
     fixtures-train tree patches mails check-patches lint bench bench-check \
-    bench-load clean
+    bench-load bench-serving clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | \
@@ -94,6 +94,9 @@ bench-check: $(FORK_READY) ## measure quark-check on 200 GB and 100,000 tensors
 
 bench-load: $(FORK_READY) ## measure memory and time of loading a 2 GB export
 	$(BIN)/python benchmarks/benchmark_load_int8.py
+
+bench-serving: $(FORK_READY) ## serve with stock and with the fork on a GPU: STOCK=folder
+	$(BIN)/python -m benchmarks.benchmark_serving_int8 $(if $(STOCK),--stock $(STOCK))
 
 clean: ## remove what was built here, but not the cache of base wheels
 	rm -rf build dist .venv

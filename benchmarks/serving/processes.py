@@ -88,14 +88,21 @@ class Running:
         for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5)):
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(seconds)
-        # Workers hold the device's memory until they are gone.
-        deadline = time.monotonic() + 5
-        with suppress(ProcessLookupError):
-            while time.monotonic() < deadline:
-                os.killpg(self.process.pid, 0)
+            # All of it: workers hold the device's memory until they are gone.
+            deadline = time.monotonic() + seconds
+            while group_lives(self.process.pid) and time.monotonic() < deadline:
                 time.sleep(0.05)
+        self.process.wait(5)
+
+
+def group_lives(group: int) -> bool:
+    """Whether a process of the group runs; those that wait to be reaped do not."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, of = file.read_text().rpartition(")")[2].split()[:3]
+            if int(of) == group and state != "Z":
+                return True
+    return False
 
 
 def last_lines(log: Path) -> str:

@@ -1,0 +1,617 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of serving: its checkpoint, rows, bars, kinds of kernels, processes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from benchmarks import benchmark_serving_int8 as benchmark
+from benchmarks.serving import checkpoint, processes, report
+from benchmarks.serving.checkpoint import Widths, write_checkpoint
+from benchmarks.serving.errors import BenchmarkError
+from benchmarks.serving.kernel_kinds import HEAD, kind, summarize
+from benchmarks.serving.processes import Build
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "vllm/model_executor/layers/fused_moe/int8_moe_kernels.py"
+WIDTHS = Widths(
+    layers=3,
+    hidden=128,
+    vocab=512,
+    dense_width=192,
+    experts=8,
+    top_k=2,
+    expert_width=64,
+    heads=4,
+    sliding_heads=6,
+    kv_heads=2,
+    head_dim=32,
+    sliding_window=16,
+)
+SHARD_BYTES = 100_000
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """File, name and value of each tensor that is stored."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                yield file.name, name, opened.get_tensor(name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serving") / "checkpoint"
+    write_checkpoint(folder, WIDTHS, SHARD_BYTES)
+    return folder
+
+
+# The checkpoint.
+
+
+def test_shards_and_index_are_complete(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    found = {name: (file, tensor) for file, name, tensor in tensors(folder)}
+    assert {name: file for name, (file, _) in found.items()} == index["weight_map"]
+    sizes: dict[str, list[int]] = {}
+    for file, tensor in found.values():
+        sizes.setdefault(file, []).append(tensor.nbytes)
+    assert len(sizes) > 2
+    assert all(sum(s) <= SHARD_BYTES or len(s) == 1 for s in sizes.values())
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
+    for spec in checkpoint.specs(WIDTHS):
+        tensor = found.pop(spec.name)[1]
+        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype)
+    assert not found
+
+
+def test_int8_has_the_whole_range_and_no_zeros(folder: Path) -> None:
+    values = [t.flatten() for _, _, t in tensors(folder) if t.dtype == torch.int8]
+    counts = torch.cat(values).long().add(127).bincount(minlength=255)
+    assert counts[127] == 0  # zero
+    counts = torch.cat([counts[:127], counts[128:]]).double()
+    assert len(counts) == 254
+    # Six deviations of a count of a fair draw.
+    mean = counts.mean()
+    assert ((counts - mean).abs() < 6 * mean.sqrt()).all()
+
+
+def test_weights_keep_activations_in_range(folder: Path) -> None:
+    found = {name: tensor.double() for _, name, tensor in tensors(folder)}
+    for name, weight in found.items():
+        scale = found.get(f"{name}_scale")
+        if scale is not None:
+            assert (scale > 0).all()
+            weight = weight * scale[..., None]
+        if name.endswith("_proj.weight"):
+            deviation = weight.square().mean().sqrt()
+            assert deviation * weight.shape[-1] ** 0.5 == pytest.approx(1, rel=0.15)
+        assert (weight != 0).any()
+
+
+def test_quark_check_says_that_the_fork_reads_it_right(folder: Path) -> None:
+    command = ROOT / "vllm/entrypoints/cli/quark_check.py"
+    done = subprocess.run(
+        [sys.executable, command, folder, "--json"], capture_output=True, text=True
+    )
+    said = {v["vllm"]: v["outcome"] for v in json.loads(done.stdout)["verdicts"]}
+    assert said["this fork, GPU"] == said["this fork, CPU"] == "right"
+    assert said["0.20.0-0.21.0"] == "wrong"  # as of the real export
+
+
+def test_checkpoint_is_used_again(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(folder, copy)
+    before = {file: file.stat().st_mtime_ns for file in copy.iterdir()}
+    write_checkpoint(copy, WIDTHS, SHARD_BYTES)
+    assert {file: file.stat().st_mtime_ns for file in copy.iterdir()} == before
+    write_checkpoint(copy, Widths(**{**vars(WIDTHS), "layers": 2}))
+    assert json.loads((copy / "config.json").read_text())["num_hidden_layers"] == 2
+    assert len(list(copy.glob("*.safetensors"))) == 1  # none of the old ones
+
+
+def test_too_little_disk_is_told_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=5 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(BenchmarkError, match=r"needs 2\d\.\d GiB.* found 5\.0 GiB"):
+        write_checkpoint(tmp_path / "checkpoint", Widths())
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupted_writing_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file = checkpoint.save_file
+
+    def interrupt(tensors: Any, file: Path, **options: Any) -> None:
+        if file.name.startswith("model-00002"):
+            raise KeyboardInterrupt
+        save_file(tensors, file, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "checkpoint", WIDTHS, SHARD_BYTES)
+    assert not list(tmp_path.iterdir())
+    # What a kill leaves does not stand in the way of the next.
+    (tmp_path / "checkpoint.part").mkdir()
+    monkeypatch.undo()
+    write_checkpoint(tmp_path / "checkpoint", WIDTHS, SHARD_BYTES)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_tokens_stay_as_many_through_text(folder: Path, rng: torch.Generator) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == WIDTHS.vocab
+    tokens = torch.randint(WIDTHS.vocab, (200,), generator=rng).tolist()
+    text = tokenizer.decode(tokens)
+    assert tokenizer.encode(text) == tokens
+    # vLLM's bound of a prompt's characters.
+    longest = max(map(len, tokenizer.get_vocab()))
+    assert len(" ".join(["fffff"] * 8192)) <= longest * 8192
+
+
+# Rows and bars.
+
+
+def row(metric: str, stock: float, fork: float, *place: int) -> report.Row:
+    return report.make_row(metric, {"stock": [stock], "fork": [fork]}, *place)
+
+
+def test_row_has_medians_and_runs() -> None:
+    made = report.make_row(
+        report.TPOT, {"stock": [3.0, 1.0, 9.0], "fork": [1.0, 2.0]}, 8, 128
+    )
+    assert made == {
+        "metric": report.TPOT,
+        "batch": 8,
+        "prompt_tokens": 128,
+        "stock": 3.0,
+        "fork": 1.5,
+        "better": "lower",
+        "runs": {"stock": [3.0, 1.0, 9.0], "fork": [1.0, 2.0]},
+    }
+
+
+def test_merge_replaces_rows_of_the_same_key() -> None:
+    old = [row(report.TPOT, 1, 1, 1, 128), row(report.TTFT, 2, 2, 1, 128)]
+    new = [row(report.TTFT, 5, 4, 1, 128), row(report.TTFT, 6, 6, 8, 128)]
+    key = ("metric", "batch", "prompt_tokens")
+    assert report.merge(old, new, key) == [old[0], new[0], new[1]]
+    # A part that adds to the same file keeps what another has found.
+    result: dict[str, Any] = {"rows": old, "starts": []}
+    benchmark.add(result, benchmark.Found(new, []))
+    assert result["rows"] == [new[0], new[1], old[0]]
+
+
+def test_ratio_is_above_one_where_the_fork_wins() -> None:
+    assert report.ratio(row(report.TPOT, 3, 2, 1, 128)) == 1.5
+    assert report.ratio(row(report.TOTAL_RATE, 2, 3, 1, 128)) == 1.5
+
+
+def verdict(rows: list[report.Row], bar: str) -> str:
+    [line] = [line for line in report.verdicts(rows) if bar in line]
+    return line
+
+
+@pytest.mark.parametrize(
+    "bar, rows, said",
+    [
+        ("batch 1", [row(report.TPOT, 1.10, 1, 1, 128)], "met"),
+        ("batch 1", [row(report.TPOT, 1.09, 1, 1, 128)], "missed"),
+        ("batch 1", [row(report.TPOT, 1, 2, 8, 128)], "not measured"),
+        ("8192-token", [row(report.THROUGHPUT, 2, 3, 64, 8192)], "met"),
+        ("8192-token", [row(report.THROUGHPUT, 2, 2.9, 64, 8192)], "missed"),
+        ("8192-token", [row(report.THROUGHPUT, 2, 2.9, 64, 128)], "not measured"),
+        # Of serving, the largest batch alone.
+        (
+            "8192-token",
+            [row(report.TOTAL_RATE, 2, n, b, 8192) for b, n in ((1, 2), (64, 3))],
+            "met",
+        ),
+        ("no speed worse", [row(report.TTFT, 98, 100, 1, 128)], "met"),
+        ("no speed worse", [row(report.TTFT, 97, 100, 1, 128)], "missed"),
+        ("no speed worse", [row(report.ENGINE_START, 1, 2)], "not measured"),
+        ("loading", [row(report.WEIGHTS_LOADING, 1, 1)], "met"),
+        ("loading", [row(report.FIRST_START, 1, 1.02)], "missed"),
+        ("memory", [row(report.PEAK_MEMORY, 20, 20.01)], "met"),
+        ("memory", [row(report.MODEL_MEMORY, 20, 21)], "missed"),
+    ],
+)
+def test_bars(bar: str, rows: list[report.Row], said: str) -> None:
+    assert verdict(rows, bar).startswith(f"{said}: ")
+
+
+def test_missed_bar_names_the_worst_row() -> None:
+    rows = [row(report.TTFT, 1, 2, 8, 128), row(report.TTFT, 1, 4, 64, 2048)]
+    assert "0.25x, time to first token (ms), 64 x 2048" in verdict(rows, "no speed")
+
+
+def start(build: str, engine: str, seconds: float, peak: float) -> dict[str, Any]:
+    return {
+        "build": build,
+        "engine": engine,
+        "compiled": engine != "serve",
+        "weights_s": seconds / 4,
+        "start_s": seconds,
+        "model_gib": 24.0,
+        "peak_gib": peak,
+    }
+
+
+def test_loading_rows() -> None:
+    starts = [
+        start("stock", "serve", 80, 40),
+        start("fork", "serve", 60, 30),
+        start("stock", "offline", 20, 70),
+        start("fork", "offline", 40, 70),
+    ]
+    rows = {r["metric"]: (r["stock"], r["fork"]) for r in report.loading_rows(starts)}
+    assert rows == {
+        report.WEIGHTS_LOADING: (12.5, 12.5),
+        report.ENGINE_START: (20, 40),
+        report.FIRST_START: (80, 60),
+        report.MODEL_MEMORY: (24, 24),
+        report.PEAK_MEMORY: (40, 30),
+    }
+    assert not report.loading_rows(starts[:1])  # nothing to compare with
+
+
+def test_results_of_another_model_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "chip/serving_int8.json"
+    report.save(path, report.load(path, "chip", 6))
+    assert report.load(path, "chip", 6)["rows"] == []
+    with pytest.raises(BenchmarkError, match="expected results of 5 layers, found 6"):
+        report.load(path, "chip", 5)
+
+
+def test_tables_and_plot(tmp_path: Path) -> None:
+    rows = [
+        row(report.TPOT, 3, 2, 1, 128),
+        row(report.TOTAL_RATE, 1000, 1500, 1, 128),
+        row(report.ENGINE_START, 30, 20),
+    ]
+    result = {"chip": "A_chip", "date": "2026-11-23", "layers": 6, "rows": rows}
+    text = report.markdown(result)
+    assert "| 128 | 1 |  | 3, 2, 1.50x | 1,000, 1,500, 1.50x |" in text
+    assert "| engine start (s) | 30 | 20 | 1.50x |" in text
+    assert "- met: time per output token, batch 1" in text
+    report.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Kinds of kernels.
+
+
+def kernel_names() -> list[str]:
+    return re.findall(r"^@triton\.jit.*\ndef (\w+_kernel)\(", KERNELS.read_text(), re.M)
+
+
+def test_all_kernels_of_the_layer_are_known() -> None:
+    names = kernel_names()
+    assert len(names) > 8
+    assert {kind(name, in_head=False) for name in names} == {"INT8 MoE"}
+    assert set(names) >= benchmark.KERNELS["fork"]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("fused_moe_kernel", "INT8 MoE"),
+        ("_per_token_quant_int8", "INT8 MoE"),
+        ("void vllm::moe::moe_align_block_size_kernel<int>(int*)", "INT8 MoE"),
+        ("void vllm::act_and_mul_kernel<c10::BFloat16, &silu>", "INT8 MoE"),
+        ("void vllm::moe::topkGating<8, 288>(float*)", "MoE routing"),
+        ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>", "attention"),
+        ("void vllm::reshape_and_cache_flash_kernel<...>", "attention"),
+        ("void cutlass::Kernel2<cutlass_3x_gemm_int8<...>>", "other linear layers"),
+        ("void vllm::dynamic_scaled_int8_quant_kernel<...>", "other linear layers"),
+        ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "other linear layers"),
+        ("triton_red_fused_unified_attention_with_kv_cache_0", "norms and elementwise"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "norms and elementwise"),
+        ("Memcpy DtoD (Device -> Device)", "norms and elementwise"),
+        ("void at::native::cunn_SoftMaxForward<...>", HEAD),
+        ("something_else", "other"),
+    ],
+)
+def test_kinds(name: str, expected: str) -> None:
+    assert kind(name, in_head=False) == expected
+    assert kind(name, in_head=True) == HEAD
+
+
+def test_summary_of_a_trace() -> None:
+    def event(cat: str, name: str, ts: float, dur: float, number: int = 0) -> dict:
+        correlation = {"correlation": number} if number else {}
+        # A thread of the CPU's; the number is a stream on the device.
+        at = {"ts": ts, "dur": dur, "tid": 7, "args": correlation}
+        return {"ph": "X", "cat": cat, "name": name, **at}
+
+    trace = {
+        "traceEvents": [
+            {"ph": "M", "name": "process_name"},
+            event("user_annotation", "gpu_model_runner: postprocess", 100, 20),
+            event("cuda_runtime", "cudaGraphLaunch", 50, 5, 1),
+            event("cuda_runtime", "cudaLaunchKernel", 110, 5, 2),
+            event("kernel", "w13_kernel", 105, 6, 1),  # launched before, runs meanwhile
+            event("kernel", "w13_kernel", 111, 4, 1),
+            event("kernel", "nvjet_x", 300, 10, 2),
+            event("gpu_memcpy", "Memcpy DtoH", 400, 20, 3),
+        ]
+    }
+    found = summarize(trace, steps=2)
+    assert found["gpu_us"] == 20
+    times = {name: k["us"] for name, k in found["kinds"].items() if k["us"]}
+    assert times == {"INT8 MoE": 5, HEAD: 5, "norms and elementwise": 10}
+    assert found["kinds"][HEAD]["share"] == 0.25
+    assert found["kernels"][0]["name"] == "Memcpy DtoH"
+    assert found["kernels"][1]["calls"] + found["kernels"][2]["calls"] == 1.5
+
+
+def test_trace_without_kernels_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no kernel"):
+        summarize({"traceEvents": []}, steps=1)
+
+
+@pytest.mark.parametrize(
+    "compiled, problem",
+    [
+        ({"stock": "fused_moe_kernel", "fork": "w13_few_kernel"}, None),
+        ({"stock": "fused_moe_kernel", "fork": "fused_moe_kernel"}, "fork"),
+        ({"stock": "w13_kernel", "fork": "w13_kernel"}, "stock"),
+        ({"stock": "fused_moe_kernel", "fork": "other"}, "fork"),
+    ],
+)
+def test_builds_are_told_by_their_kernels(
+    compiled: dict[str, str], problem: str | None, tmp_path: Path
+) -> None:
+    builds = {}
+    for name, kernel in compiled.items():
+        builds[name] = Build(name, None, tmp_path / name)
+        (tmp_path / name / "triton/hash").mkdir(parents=True)
+        (tmp_path / name / f"triton/hash/{kernel}.json").touch()
+    if problem is None:
+        benchmark.check_kernels(builds)
+        return
+    with pytest.raises(BenchmarkError, match=f"^{problem}: expected one of"):
+        benchmark.check_kernels(builds)
+
+
+# Processes, with a vLLM that does nothing but start.
+
+SERVER = """
+    import http.server, os, subprocess, sys, time
+    from pathlib import Path
+
+    child = subprocess.Popen(["sleep", "60"])
+    print("pids", os.getpid(), child.pid, flush=True)
+    print("Model loading took 2.5 GiB memory and 1.25 seconds", flush=True)
+    if Path(__file__).parts[-5] == "dies":
+        print("this is why", flush=True)
+        sys.exit(3)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+BENCH = """
+    import os
+    from pathlib import Path
+
+    asked = []
+
+    def add_cli_args(parser):
+        for name in ("base-url", "model", "dataset-name", "temperature"):
+            parser.add_argument(f"--{name}")
+        for name in ("num-prompts", "max-concurrency"):
+            parser.add_argument(f"--{name}", type=int)
+        for name in ("random-input-len", "random-output-len"):
+            parser.add_argument(f"--{name}", type=int)
+        for name in ("disable-tqdm", "ignore-eos"):
+            parser.add_argument(f"--{name}", action="store_true")
+
+    def get_tokenizer(model):
+        return None
+
+    def get_samples(args, tokenizer):
+        return None
+
+    def main(args):
+        asked.append(args.base_url)
+        if "client_dies" in __file__:
+            raise RuntimeError("the client's own error")
+        number = float(len(asked))
+        return {
+            "completed": args.num_prompts,
+            "median_ttft_ms": number,
+            "median_tpot_ms": number,
+            "output_throughput": number,
+            "total_token_throughput": number,
+        }
+"""
+
+PARSER = "from argparse import ArgumentParser as FlexibleArgumentParser\n"
+
+
+def make_vllm(folder: Path) -> Path:
+    """A package that passes for vLLM; what its folder is called tells when it dies."""
+    for name, text in (
+        ("__init__", ""),
+        ("entrypoints/__init__", ""),
+        ("entrypoints/cli/__init__", ""),
+        ("entrypoints/cli/main", SERVER),
+        ("benchmarks/__init__", ""),
+        ("benchmarks/serve", BENCH),
+        ("utils/__init__", ""),
+        ("utils/argparse_utils", PARSER),
+    ):
+        file = folder / f"vllm/{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(textwrap.dedent(text))
+    return folder
+
+
+def make_settings(
+    tmp_path: Path, stock: str = "stock", fork: str = "fork"
+) -> benchmark.Settings:
+    folders = {"stock": make_vllm(tmp_path / stock), "fork": make_vllm(tmp_path / fork)}
+    return benchmark.Settings(
+        builds={n: Build(n, f, tmp_path / "cache" / n) for n, f in folders.items()},
+        work=tmp_path,
+        out=tmp_path / "out",
+        profile_out=tmp_path / "out",
+        widths=WIDTHS,
+        batches=(1, 64),
+        prompt_tokens=(128,),
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def started_pids(tmp_path: Path) -> list[int]:
+    logs = list((tmp_path / "jobs").glob("server-*.log"))
+    lines = [re.search(r"^pids (\d+) (\d+)", log.read_text(), re.M) for log in logs]
+    return [int(pid) for line in lines if line for pid in line.groups()]
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 15) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
+
+
+def none_is_left(tmp_path: Path, started: int) -> bool:
+    pids = started_pids(tmp_path)
+    assert len(pids) == started
+    return eventually(lambda: not any(map(alive, pids)), 5)
+
+
+def test_serving_asks_both_builds_in_turns(tmp_path: Path) -> None:
+    found = list(benchmark.measure_serving(make_settings(tmp_path)))
+    starts = [start for part in found for start in part.starts]
+    assert [start["build"] for start in starts] == ["stock", "fork"]
+    assert {start["weights_s"] for start in starts} == {1.25}
+    assert {start["model_gib"] for start in starts} == {2.5}
+    # The fake's figures are the number of the run; of each cell the first two, one a
+    # build, do not count.
+    rows = {r["batch"]: r for part in found for r in part.rows}
+    assert rows[1]["runs"] == {"stock": [3, 6], "fork": [4, 5]}
+    assert rows[64]["runs"] == {"stock": [9, 12], "fork": [10, 11]}
+    assert none_is_left(tmp_path, 4)
+
+
+def test_server_that_dies_ends_all_loudly(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path, fork="dies")
+    with pytest.raises(BenchmarkError) as error:
+        list(benchmark.measure_serving(settings))
+    said = str(error.value)
+    assert said.startswith("the server of fork ended with status 3")
+    assert str(tmp_path / "jobs/server-fork.log") in said and "this is why" in said
+    assert none_is_left(tmp_path, 4)  # the other server's too, and its children
+
+
+def test_client_that_fails_ends_all_loudly(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path, fork="client_dies")
+    with pytest.raises(BenchmarkError, match=r"the serve job of fork[\s\S]*own error"):
+        list(benchmark.measure_serving(settings))
+    assert none_is_left(tmp_path, 4)
+
+
+def test_server_that_dies_later_is_noticed(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path)
+    found = benchmark.measure_serving(settings)
+    next(found), next(found)
+    os.kill(started_pids(tmp_path)[0], signal.SIGKILL)
+    with pytest.raises(BenchmarkError, match="the server of .* ended with status -9"):
+        list(found)
+    assert none_is_left(tmp_path, 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_outlives_the_benchmark(number: signal.Signals, tmp_path: Path) -> None:
+    """Run it as users do, and end it while the servers run."""
+    (tmp_path / "checkpoint").mkdir()
+    widths = Widths(layers=2)
+    config = json.dumps(checkpoint.make_config(widths), indent=1) + "\n"
+    (tmp_path / "checkpoint/config.json").write_text(config)
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "benchmarks.benchmark_serving_int8",
+    ]
+    # Its client waits for a server that never answers anything but /health.
+    for name in ("stock", "fork"):
+        make_vllm(tmp_path / name)
+    wait = "import time\n\ndef get_tokenizer(model):\n    time.sleep(60)\n"
+    (tmp_path / "fork/vllm/benchmarks/serve.py").write_text(wait)
+    command += ["--stock", tmp_path / "stock", "--fork", tmp_path / "fork"]
+    command += ["--work", tmp_path, "--out", tmp_path / "out", "--layers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert eventually(lambda: (tmp_path / "jobs/serve-fork.log").exists(), 60)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    if number == signal.SIGKILL:
+        # The kernel ends the servers; what a server starts is its own to end.
+        servers = started_pids(tmp_path)[::2]
+        assert eventually(lambda: not any(map(alive, servers)))
+        for pid in started_pids(tmp_path)[1::2]:
+            os.kill(pid, signal.SIGKILL)
+        return
+    assert process.returncode == 1
+    assert said.splitlines()[-1] in ("error: terminated", "error: interrupted")
+    assert none_is_left(tmp_path, 4)
+
+
+def test_log_without_loading_is_an_error(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    log.write_text("INFO: nothing\n")
+    with pytest.raises(BenchmarkError, match=f"{log}: expected a line"):
+        processes.loading(log)
+    log.write_text("(EngineCore pid=1) INFO Loading weights took 3.5 seconds\n")
+    assert processes.loading(log) == (3.5, None)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "--stock FOLDER"),
+        (["--stock", "/nowhere"], "expected a folder that holds vllm/"),
+        (["--stock", "/nowhere", "--layers", "1"], "at least one has experts"),
+    ],
+)
+def test_arguments_are_checked(
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
