@@ -250,6 +250,9 @@ def _ask(llm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
 def _run(options: dict[str, Any], job: Mapping[str, Any]) -> list[dict[str, Any]]:
     from vllm import LLM
 
+    from tests import engine_worker
+
+    engine_worker.forget()
     llm = LLM(**(OPTIONS | options))
     try:
         answers = [_ask(llm, job)]

@@ -11,6 +11,11 @@ _runs = patch.object(
 ).start()
 
 
+def forget() -> None:
+    """Count anew: a process may start one engine after the other."""
+    _runs.reset_mock()
+
+
 class Watched:
     """Methods that a worker gets; `LLM.collective_rpc` calls them by name."""
 
