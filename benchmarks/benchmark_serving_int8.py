@@ -54,6 +54,7 @@ JOBS = ROOT / "benchmarks/serving/jobs.py"
 PARTS = ("serve", "offline", "profile")
 TURNS = ("stock", "fork", "fork", "stock")
 BATCHES, PROMPT_TOKENS = (1, 8, 64, 256), (128, 2048, 8192)
+OUTPUT_TOKENS = 96
 MAX_NUM_SEQS = 256
 # What a step of the engine takes at most; the server's default on such a GPU.
 STEP_TOKENS = 8192
@@ -67,7 +68,7 @@ PROFILE = {"decode_batches": [1, 64, 256], "prefill": 8192}
 # By these Triton kernels a build is known; each must have run its own alone.
 KERNELS = {"stock": {"fused_moe_kernel"}, "fork": {"w13_kernel", "w13_few_kernel"}}
 
-console = Console(width=120)
+console = Console(width=140, log_path=False)
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def cell(batch: int, prompt_tokens: int) -> dict[str, int]:
     return {
         "batch": batch,
         "prompt_tokens": prompt_tokens,
-        "num_prompts": max(batch, min(4 * batch, 16)),
-        "output_tokens": max(64, 256 // max(1, batch // 32)),
+        "num_prompts": max(batch, min(16 * batch, 32)),
+        "output_tokens": OUTPUT_TOKENS,
     }
 
 
@@ -199,7 +200,7 @@ def measure_serving(settings: Settings) -> Generator[Found, None, None]:
             # Another start would find what this one compiles.
             shutil.rmtree(build.cache, ignore_errors=True)
             log = settings.jobs / f"server-{build.name}.log"
-            console.print(f"starting the server of {build.name}: {log}")
+            console.log(f"starting the server of {build.name}: {log}")
             peak = MemoryPeak()
             process, url = stack.enter_context(
                 server(build, settings.model, engine_args(settings), log)
@@ -207,7 +208,7 @@ def measure_serving(settings: Settings) -> Generator[Found, None, None]:
             with peak:
                 wait_until_ready(process, url)
             start = describe_start(build, "serve", process, time.time(), peak, False)
-            console.print(f"ready: {start}", highlight=False)
+            console.log(f"ready: {start}", highlight=False)
             servers.append(process)
             urls[build.name] = url
             yield Found([], [start])
@@ -238,7 +239,7 @@ def cell_rows(runs: Sequence[dict[str, Any]]) -> list[report.Row]:
         place = cell["batch"], cell["prompt_tokens"]
         rows.append(report.make_row(metric, samples, *place))
     for row in rows:
-        console.print(
+        console.log(
             f"{report.describe(row)}: {row['stock']:,.5g} and {row['fork']:,.5g}, "
             f"{report.ratio(row):.2f}x",
             highlight=False,
@@ -261,7 +262,7 @@ def measure_offline(settings: Settings) -> Generator[Found, None, None]:
             "engine_args": engine_args(settings),
             **cells,
         }
-        console.print(f"offline: {build.name}")
+        console.log(f"offline: {build.name}")
         peak = MemoryPeak()
         with running_job(settings, build, job) as (process, out), peak:
             for line in results(process, out):
@@ -270,7 +271,7 @@ def measure_offline(settings: Settings) -> Generator[Found, None, None]:
                 else:
                     samples[line["name"]][build.name] = line["samples"]
         start = describe_start(build, "offline", process, ready, peak, compiled)
-        console.print(f"offline: {start}", highlight=False)
+        console.log(f"offline: {start}", highlight=False)
         yield Found([], [start])
     yield Found(
         [
@@ -315,7 +316,7 @@ def measure_profile(settings: Settings) -> dict[str, Any]:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1",
         }
-        console.print(f"profile: {build.name}")
+        console.log(f"profile: {build.name}")
         job |= settings.profile or PROFILE
         with running_job(settings, build, job, env) as (process, out):
             lines = list(results(process, out))

@@ -128,6 +128,7 @@ def test_too_little_disk_is_told_before_writing(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=5 << 30)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(checkpoint, "_write", lambda *_: pytest.fail("it writes"))
     with pytest.raises(BenchmarkError, match=r"needs 2\d\.\d GiB.* found 5\.0 GiB"):
         write_checkpoint(tmp_path / "checkpoint", Widths())
     assert not list(tmp_path.iterdir())
@@ -369,22 +370,25 @@ def test_trace_without_kernels_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "compiled, problem",
+    "stock, fork, problem",
     [
-        ({"stock": "fused_moe_kernel", "fork": "w13_few_kernel"}, None),
-        ({"stock": "fused_moe_kernel", "fork": "fused_moe_kernel"}, "fork"),
-        ({"stock": "w13_kernel", "fork": "w13_kernel"}, "stock"),
-        ({"stock": "fused_moe_kernel", "fork": "other"}, "fork"),
+        ("fused_moe_kernel", "w13_few_kernel", None),
+        ("fused_moe_kernel", "fused_moe_kernel", "fork"),
+        ("fused_moe_kernel", "w13_kernel fused_moe_kernel", "fork"),
+        ("fused_moe_kernel", "other_kernel", "fork"),
+        ("w13_kernel", "w13_kernel", "stock"),
+        ("fused_moe_kernel w13_few_kernel", "w13_kernel", "stock"),
     ],
 )
 def test_builds_are_told_by_their_kernels(
-    compiled: dict[str, str], problem: str | None, tmp_path: Path
+    stock: str, fork: str, problem: str | None, tmp_path: Path
 ) -> None:
     builds = {}
-    for name, kernel in compiled.items():
+    for name, kernels in (("stock", stock), ("fork", fork)):
         builds[name] = Build(name, None, tmp_path / name)
         (tmp_path / name / "triton/hash").mkdir(parents=True)
-        (tmp_path / name / f"triton/hash/{kernel}.json").touch()
+        for kernel in kernels.split():
+            (tmp_path / name / f"triton/hash/{kernel}.json").touch()
     if problem is None:
         benchmark.check_kernels(builds)
         return
@@ -526,7 +530,10 @@ def test_serving_asks_both_builds_in_turns(tmp_path: Path) -> None:
     assert none_is_left(tmp_path, 4)
 
 
-def test_server_that_dies_ends_all_loudly(tmp_path: Path) -> None:
+def test_server_that_dies_ends_all_loudly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "START_SECONDS", 20)
     settings = make_settings(tmp_path, fork="dies")
     with pytest.raises(BenchmarkError) as error:
         list(benchmark.measure_serving(settings))
