@@ -22,7 +22,6 @@ import datetime
 import json
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -42,6 +41,7 @@ from benchmarks.serving.processes import (
     Build,
     MemoryPeak,
     Running,
+    end_on_signals,
     loading,
     results,
     running,
@@ -441,8 +441,7 @@ def main() -> None:
         print(tables(result))
     if args.tables:
         return
-    # So that what was started is stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))
+    end_on_signals()
     work = args.work.resolve()
     folders = {"stock": args.stock, "fork": args.fork}
     settings = Settings(
@@ -458,8 +457,6 @@ def main() -> None:
         measure(settings, args.parts)
     except BenchmarkError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
 
 
 if __name__ == "__main__":

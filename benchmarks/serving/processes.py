@@ -110,6 +110,30 @@ def last_lines(log: Path) -> str:
     return "\n".join(lines[-LAST_LINES:])
 
 
+_signals: list[int] = []
+
+
+def end_on_signals() -> None:
+    """Have the first SIGINT or SIGTERM raise BenchmarkError, wherever it comes.
+
+    Those that follow do not stop the stopping of what was started.
+    """
+
+    def handle(number: int, _: Any) -> None:
+        _signals.append(number)
+        if len(_signals) == 1:
+            check_signals()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def check_signals() -> None:
+    """Raise if a signal came: Python loses what is raised while it forks."""
+    if _signals:
+        raise BenchmarkError(f"ended by {signal.Signals(_signals[0]).name}")
+
+
 def _end_with_parent() -> None:
     """Have the kernel end this process when its parent is killed."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -166,6 +190,7 @@ def wait_until_ready(server: Running, url: str) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while True:
+        check_signals()
         server.check()
         try:
             with opener.open(f"{url}/health", timeout=5):
@@ -189,6 +214,7 @@ def results(
     """
     at = 0
     while True:
+        check_signals()
         status = job.process.poll()  # first: what it wrote last is read after its end
         *whole, _ = out.read_bytes()[at:].split(b"\n") if out.exists() else [b""]
         for line in whole:

@@ -276,7 +276,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     )
     batches = sorted({row["batch"] for row in rows})
     for axis, length in zip(axes[0], lengths, strict=True):
-        for metric in SPEED:
+        for number, metric in enumerate(SPEED):
+            if metric == OUTPUT_RATE:
+                continue  # the same ratio as that of all tokens
             points = sorted(
                 (batches.index(row["batch"]), ratio(row))
                 for row in rows
@@ -284,7 +286,12 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             )
             if points:
                 label = metric.split(" (")[0]
-                axis.plot(*zip(*points, strict=True), marker="o", label=label)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    marker="o",
+                    label=label,
+                    color=f"C{number}",
+                )
         axis.axhline(1, color="grey", linewidth=1)
         axis.set(title=f"prompts of {length} tokens", xlabel="requests at a time")
         axis.set_xticks(range(len(batches)), map(str, batches))
@@ -295,9 +302,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         for axis in axes[0]
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
-        handles.values(), handles.keys(), loc="lower center", ncols=len(handles)
-    )
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)

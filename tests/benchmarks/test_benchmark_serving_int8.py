@@ -591,7 +591,7 @@ def test_nothing_outlives_the_benchmark(number: signal.Signals, tmp_path: Path) 
             os.kill(pid, signal.SIGKILL)
         return
     assert process.returncode == 1
-    assert said.splitlines()[-1] in ("error: terminated", "error: interrupted")
+    assert said.splitlines()[-1] == f"error: ended by {number.name}"
     assert none_is_left(tmp_path, 4)
 
 
