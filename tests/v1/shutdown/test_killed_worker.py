@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process of the server is killed, as a kernel short of memory does: the server
+answers what it was asked with an error, says which process died, ends with status 1 and
+leaves nothing behind; and started again, it answers."""
+
+import json
+import os
+import re
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from vllm.platforms import current_platform
+
+from tests.fixtures import addition
+from tests.server import ROOT, Server, free_port, serve
+
+MODEL = ROOT / "tests/fixtures/step3p5-tiny/int8-3key"
+MAX_MODEL_LEN = 1024
+OPTIONS = ["--enforce-eager", "--served-model-name", "tiny"]
+OPTIONS += ["--max-model-len", str(MAX_MODEL_LEN), "--gpu-memory-utilization", "0.1"]
+OPTIONS += ["--kv-cache-memory-bytes", str(16 << 20)]
+PAIR = (999, 999)
+END_SECONDS, ANSWER_SECONDS = 30, 60
+
+# What is killed, and when: what the log then says. Numbers are pid and rank.
+ENGINE, WORKER = "EngineCore", "Worker"
+SAID = {
+    ("loading", ENGINE): r"Failed core proc\(s\): \{'EngineCore': -9\}",
+    ("loading", WORKER): r"VllmWorker-\d \(pid \d+\) ended before it was ready, exit "
+    r"code -9",
+    ("serving", ENGINE): r"EngineCore \(pid \d+\) died with exit code -9",
+    ("serving", WORKER): r"Worker proc VllmWorker-\d died unexpectedly",
+}
+SERVER_ENDS = "RuntimeError: The server ends: its engine died; see above."
+
+
+def post(server: Server, **body: Any) -> Any:
+    """The response of a completion request, a stream that is not read yet."""
+    question = addition.question(*PAIR)
+    body = {"model": "tiny", "prompt": question, "temperature": 0} | body
+    request = Request(
+        f"{server.url}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    return urlopen(request, timeout=ANSWER_SECONDS)
+
+
+def assert_right(server: Server) -> None:
+    with post(server, max_tokens=8) as response:
+        [choice] = json.load(response)["choices"]
+    assert choice["text"] == addition.answer(*PAIR)
+
+
+def running(server: Server) -> float:
+    with urlopen(f"{server.url}/metrics", timeout=ANSWER_SECONDS) as response:
+        metrics = response.read().decode()
+    [value] = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics, re.M)
+    return float(value)
+
+
+def kill(server: Server, title: str) -> None:
+    """The last of the name: of workers not the first, whose answers are sent on."""
+    server.named(title)[-1].send_signal(signal.SIGKILL)
+
+
+def kill_while_loading(server: Server, title: str) -> None:
+    def loads() -> bool:
+        return "Starting to load model" in server.log.read_text()
+
+    server.wait_until(loads, "loading", 300)
+    kill(server, title)
+    assert not server.is_ready()
+
+
+def kill_while_serving(server: Server, title: str) -> None:
+    """Two requests in flight end with an error."""
+    server.wait_until_ready()
+    assert_right(server)
+    long = {"max_tokens": MAX_MODEL_LEN - 8, "ignore_eos": True}
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(post, server, **long)
+        with post(server, **long, stream=True) as stream:
+            assert stream.readline().startswith(b"data: ")
+            server.wait_until(lambda: running(server) == 2, "busy", ANSWER_SECONDS)
+            kill(server, title)
+            rest = stream.read().decode()
+        with pytest.raises(HTTPError) as refused:
+            whole.result(ANSWER_SECONDS)
+    events = [line.removeprefix("data: ") for line in rest.splitlines() if line]
+    assert json.loads(events[-2])["error"]["code"] == 500, events[-3:]
+    assert events[-1] == "[DONE]"
+    assert refused.value.code == 500
+    assert "EngineCore" in json.load(refused.value)["error"]["message"]
+
+
+def assert_port_is_closed(port: int) -> None:
+    with socket.socket() as client:
+        assert client.connect_ex(("127.0.0.1", port)) != 0
+
+
+cpu = pytest.mark.skipif(
+    not current_platform.is_cpu(), reason="needs a vLLM built for CPUs"
+)
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        pytest.param(2, marks=cpu, id="cpu"),
+        pytest.param(1, marks=pytest.mark.gpu, id="gpu"),
+        pytest.param(2, marks=pytest.mark.gpu2, id="gpu2"),
+    ],
+)
+def test_killed(ranks: int, tmp_path: Path) -> None:
+    options = [*OPTIONS, "--tensor-parallel-size", str(ranks)]
+    env = {}
+    if current_platform.is_cpu():
+        # A NUMA node a rank, or to be told each rank's cores.
+        cores = sorted(os.sched_getaffinity(0))
+        chosen = (str(cores[rank % len(cores)]) for rank in range(ranks))
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(chosen)
+    port = free_port()
+    for (when, title), said in SAID.items():
+        if title == WORKER and ranks == 1 and not current_platform.is_cpu():
+            continue  # the engine's process is the worker
+        log = tmp_path / f"{when}-{title}.log"
+        with serve(MODEL, log, options, env, port) as server:
+            {"loading": kill_while_loading, "serving": kill_while_serving}[when](
+                server, title
+            )
+            status = server.wait_for_end(END_SECONDS)
+        text = log.read_text()
+        assert status == 1, text
+        assert re.search(said, text), text
+        assert when == "loading" or SERVER_ENDS in text, text
+        assert_port_is_closed(port)
+
+    with serve(MODEL, tmp_path / "again.log", options, env, port) as server:
+        server.wait_until_ready()
+        assert_right(server)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_for_end(END_SECONDS) == 0, server.log.read_text()
