@@ -25,7 +25,7 @@ VENV_FLAGS := $(if $(filter rocm,$(VLLM_TARGET_DEVICE)),--system-site-packages)
 .DELETE_ON_ERROR:
 .PHONY: help install wheel demo matrix test test-nightly test-mutants fuzz fuzz-check fixtures \
     fixtures-train tree patches mails check-patches lint bench bench-check \
-    bench-load bench-serving clean
+    bench-load bench-serving stress clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | \
@@ -97,6 +97,9 @@ bench-load: $(FORK_READY) ## measure memory and time of loading a 2 GB export
 
 bench-serving: $(FORK_READY) ## serve with stock and with the fork on a GPU: STOCK=folder
 	$(BIN)/python -m benchmarks.benchmark_serving_int8 $(if $(STOCK),--stock $(STOCK))
+
+stress: $(FORK_READY) ## serve under stress for MINUTES (10): every answer is judged
+	$(BIN)/python -m benchmarks.stress_serving_int8 --minutes $(or $(MINUTES),10)
 
 clean: ## remove what was built here, but not the cache of base wheels
 	rm -rf build dist .venv
