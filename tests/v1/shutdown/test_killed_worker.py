@@ -8,17 +8,21 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 from vllm.platforms import current_platform
 
 from tests.fixtures import addition
-from tests.server import ROOT, Server, free_port, serve
+from tests.server import ROOT, Server, free_port, is_alive, serve
 
 MODEL = ROOT / "tests/fixtures/step3p5-tiny/int8-3key"
 MAX_MODEL_LEN = 1024
@@ -37,6 +41,24 @@ SAID = {
     ("serving", ENGINE): r"EngineCore \(pid \d+\) died with exit code -9",
     ("serving", WORKER): r"Worker proc VllmWorker-\d died unexpectedly",
 }
+# An engine whose worker loads for ever.
+LOADS_FOR_EVER = """
+import multiprocessing
+import os
+import time
+from vllm.v1.executor.multiproc_executor import WorkerProc
+
+def load(*args, **kwargs):
+    print("loading", os.getpid(), flush=True)
+    time.sleep(1000)
+
+context = multiprocessing.get_context("fork")
+ready, death = context.Pipe(duplex=False), context.Pipe(duplex=False)
+WorkerProc.__init__ = load
+kwargs = {"ready_pipe": ready[1], "death_pipe": death[0]}
+context.Process(target=WorkerProc.worker_main, kwargs=kwargs).start()
+time.sleep(1000)
+"""
 SERVER_ENDS = "RuntimeError: The server ends: its engine died; see above."
 
 
@@ -147,3 +169,24 @@ def test_killed(ranks: int, tmp_path: Path) -> None:
         assert_right(server)
         server.process.send_signal(signal.SIGTERM)
         assert server.wait_for_end(END_SECONDS) == 0, server.log.read_text()
+
+
+def test_a_worker_that_loads_ends_after_its_engine() -> None:
+    engine = subprocess.Popen(
+        [sys.executable, "-c", LOADS_FOR_EVER], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert engine.stdout
+        lines = (line for line in engine.stdout if line.startswith("loading "))
+        worker = psutil.Process(int(next(lines).split()[1]))
+    finally:
+        engine.kill()
+        engine.wait()
+    try:
+        deadline = time.monotonic() + END_SECONDS
+        while is_alive(worker) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not is_alive(worker)
+    finally:
+        if worker.is_running():
+            worker.kill()
