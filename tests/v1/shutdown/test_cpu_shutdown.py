@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM on a CPU ends cleanly, whatever the build of torch and without a driver."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 import torch
@@ -19,20 +13,18 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from tests.server import END_SECONDS, START_SECONDS, serve
+
 pytestmark = pytest.mark.skipif(
     not current_platform.is_cpu(), reason="needs a vLLM built for CPUs"
 )
 
 MODEL = Path(__file__).parents[2] / "fixtures/step3p5-tiny/int8-3key"
-OPTIONS = {
-    "enforce-eager": None,
-    "max-model-len": "128",
-    "gpu-memory-utilization": "0.1",
-    "kv-cache-memory-bytes": str(16 << 20),
-}
+OPTIONS = ["--enforce-eager", "--max-model-len", "128"]
+OPTIONS += ["--gpu-memory-utilization", "0.1"]
+OPTIONS += ["--kv-cache-memory-bytes", str(16 << 20)]
 # The model was trained to add.
 PROMPT, ANSWER = list(b"999+999="), list(b"1998")
-START_SECONDS, END_SECONDS = 300, 60
 
 GENERATE = f"""
 from vllm import LLM, SamplingParams
@@ -78,45 +70,10 @@ def test_llm_ends_cleanly(tmp_path):
     assert_clean(child.stdout)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """`vllm serve`, ready, and its log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    for name, value in OPTIONS.items():
-        command += [f"--{name}"] + ([value] if value else [])
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        wait_until_healthy(process, f"http://127.0.0.1:{port}/health", log)
-        yield process, log
-    finally:
-        # Workers too, if the test failed and left them.
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with urlopen(url):
-                return
-        except URLError:
-            time.sleep(0.5)
-    pytest.fail(f"vllm serve is not healthy:\n{log.read_text()}")
-
-
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=str)
-def test_server_ends_cleanly(sent, server):
-    process, log = server
-    process.send_signal(sent)
-    assert process.wait(END_SECONDS) == 0, log.read_text()
-    assert_clean(log.read_text())
+def test_server_ends_cleanly(sent, tmp_path):
+    with serve(MODEL, tmp_path / "log", OPTIONS) as server:
+        server.wait_until_ready()
+        server.process.send_signal(sent)
+        assert server.wait_for_end(END_SECONDS) == 0, server.log.read_text()
+    assert_clean(server.log.read_text())
