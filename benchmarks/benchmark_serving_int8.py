@@ -7,10 +7,10 @@ FOLDER holds a stock build of vLLM, with the patches 0001 to 0003, to be put on
 PYTHONPATH. Writes a random checkpoint with the widths of Step-3.5-Flash and few layers,
 and measures in parts, each of which may be a call of its own:
 
-- serve: both servers on the GPU at a time, started one after the other; `vllm bench
-  serve` for each batch and length of prompts in the turns stock, fork, fork, stock
-- offline: an engine of each build; `vllm bench latency`, then `vllm bench throughput`
-- profile: where the GPU time of a decode step and of a prefill goes, by kind of kernel
+- serve: both servers on the GPU at a time; `vllm bench serve` for each batch and length
+  of prompts in the turns stock, fork, fork, stock
+- offline: an engine of each build by itself; loading, memory, `vllm bench latency`,
+  `vllm bench throughput`, and where the GPU time of a decode step and of a prefill goes
 
 Writes medians to OUT/<chip>/serving_int8.json, a plot beside it, and the profile to
 docs/results. Rows that are measured again are replaced. Exits 0 whether the bars are
@@ -23,7 +23,6 @@ import json
 import re
 import shutil
 import sys
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ from benchmarks.serving.processes import (
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ROOT / "benchmarks/serving/jobs.py"
-PARTS = ("serve", "offline", "profile")
+PARTS = ("serve", "offline")
 TURNS = ("stock", "fork", "fork", "stock")
 BATCHES, PROMPT_TOKENS = (1, 8, 64, 256), (128, 2048, 8192)
 OUTPUT_TOKENS = 96
@@ -84,7 +83,6 @@ class Settings:
     prompt_tokens: Sequence[int] = PROMPT_TOKENS
     latency: dict[str, int] | None = None
     throughput: dict[str, int] | None = None
-    profile: dict[str, Any] | None = None
     engine_args: Sequence[str] = ()  # beside those that are always given
 
     @property
@@ -102,6 +100,7 @@ class Found(NamedTuple):
 
     rows: list[report.Row]
     starts: list[dict[str, Any]]
+    profiles: dict[str, Any]  # by build and phase, what `summarize` says
 
 
 def cell(batch: int, prompt_tokens: int) -> dict[str, int]:
@@ -147,19 +146,12 @@ def engine_args(settings: Settings) -> list[str]:
 
 
 def describe_start(
-    build: Build,
-    engine: str,
-    process: Running,
-    ready: float,
-    peak: MemoryPeak,
-    compiled: bool,
+    build: Build, process: Running, ready: float, peak: MemoryPeak
 ) -> dict[str, Any]:
     """What a start took."""
     weights_s, model_gib = loading(process.log)
     return {
         "build": build.name,
-        "engine": engine,
-        "compiled": compiled,  # by an earlier start
         "weights_s": round(weights_s, 2),
         "start_s": round(ready - process.started, 2),
         "model_gib": model_gib,
@@ -193,33 +185,28 @@ def running_job(
 
 
 def measure_serving(settings: Settings) -> Generator[Found, None, None]:
-    """The starts of both servers, then the rows of each cell."""
+    """The rows of each cell."""
     with ExitStack() as stack:
-        servers, urls = [], {}
+        servers, urls = {}, {}
         for build in settings.builds.values():
-            # Another start would find what this one compiles.
+            # What is found there afterwards, this run has compiled.
             shutil.rmtree(build.cache, ignore_errors=True)
             log = settings.jobs / f"server-{build.name}.log"
             console.log(f"starting the server of {build.name}: {log}")
-            peak = MemoryPeak()
             process, url = stack.enter_context(
                 server(build, settings.model, engine_args(settings), log)
             )
-            with peak:
-                wait_until_ready(process, url)
-            start = describe_start(build, "serve", process, time.time(), peak, False)
-            console.log(f"ready: {start}", highlight=False)
-            servers.append(process)
+            servers[url] = process
             urls[build.name] = url
-            yield Found([], [start])
+        wait_until_ready(servers)
         cells = [cell(b, p) for p in settings.prompt_tokens for b in settings.batches]
         job = {"job": "serve", "urls": urls, "turns": TURNS, "cells": cells}
         runs: list[dict[str, Any]] = []
         with running_job(settings, settings.builds["fork"], job) as (client, out):
-            for run in results(client, out, servers):
+            for run in results(client, out, list(servers.values())):
                 runs.append(run)
                 if len(runs) == len(TURNS):
-                    yield Found(cell_rows(runs), [])
+                    yield Found(cell_rows(runs), [], {})
                     runs = []
 
 
@@ -248,46 +235,60 @@ def cell_rows(runs: Sequence[dict[str, Any]]) -> list[report.Row]:
 
 
 def measure_offline(settings: Settings) -> Generator[Found, None, None]:
-    """The start of each build's engine, then the rows of latency and throughput."""
+    """The start and the profile of each build's engine, then the rows of latency and
+    throughput."""
     cells = {
         "latency": settings.latency or LATENCY,
         "throughput": settings.throughput or THROUGHPUT,
     }
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in cells}
-    # The other way round than the servers, of which stock's was first.
-    for build in reversed(settings.builds.values()):
-        compiled = build.cache.exists()
-        job = {
-            "job": "offline",
-            "engine_args": engine_args(settings),
-            **cells,
-        }
+    job: dict[str, Any] = {
+        "job": "offline",
+        "engine_args": engine_args(settings),
+        **cells,
+        # A trace of a CPU has no kernels.
+        "profile": PROFILE if torch.cuda.is_available() else None,
+    }
+    # The profiler sees its own process; it is told the parts of a step by name.
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1",
+    }
+    for build in settings.builds.values():
         console.log(f"offline: {build.name}")
         peak = MemoryPeak()
-        with running_job(settings, build, job) as (process, out), peak:
+        phases = {}
+        with running_job(settings, build, job, env) as (process, out), peak:
             for line in results(process, out):
                 if "ready" in line:
                     ready = line["ready"]
+                elif "phase" in line:
+                    phases[line["phase"]] = phase(line)
                 else:
                     samples[line["name"]][build.name] = line["samples"]
-        start = describe_start(build, "offline", process, ready, peak, compiled)
+        start = describe_start(build, process, ready, peak)
         console.log(f"offline: {start}", highlight=False)
-        yield Found([], [start])
-    yield Found(
-        [
-            report.make_row(
-                metric,
-                samples[name],
-                cells[name]["batch"],
-                cells[name]["prompt_tokens"],
-            )
-            for name, metric in (
-                ("latency", report.LATENCY),
-                ("throughput", report.THROUGHPUT),
-            )
-        ],
-        [],
-    )
+        yield Found([], [start], {build.name: phases} if phases else {})
+    rows = [
+        report.make_row(
+            metric, samples[name], cells[name]["batch"], cells[name]["prompt_tokens"]
+        )
+        for name, metric in (
+            ("latency", report.LATENCY),
+            ("throughput", report.THROUGHPUT),
+        )
+    ]
+    yield Found(rows, [], {})
+
+
+def phase(line: dict[str, Any]) -> dict[str, Any]:
+    """A phase of a profile, from what the job says of it."""
+    try:
+        trace = json.loads(Path(line["trace"]).read_text())
+        summary = summarize(trace, line["steps"])
+    except ValueError as error:
+        raise BenchmarkError(f"{line['trace']}: {error}") from error
+    return {"wall_us": round(line["wall_us"], 1), **summary}
 
 
 def check_kernels(builds: dict[str, Build]) -> None:
@@ -304,42 +305,13 @@ def check_kernels(builds: dict[str, Build]) -> None:
             )
 
 
-def measure_profile(settings: Settings) -> dict[str, Any]:
-    """By build and phase, what `summarize` says and the wall clock a step."""
-    found: dict[str, Any] = {}
-    for build in settings.builds.values():
-        job: dict[str, Any] = {
-            "job": "profile",
-            "engine_args": engine_args(settings),
-        }
-        env = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1",
-        }
-        console.log(f"profile: {build.name}")
-        job |= settings.profile or PROFILE
-        with running_job(settings, build, job, env) as (process, out):
-            lines = list(results(process, out))
-        phases = {}
-        for line in lines:
-            if "phase" not in line:
-                continue
-            try:
-                trace = json.loads(Path(line["trace"]).read_text())
-                summary = summarize(trace, line["steps"])
-            except ValueError as error:
-                raise BenchmarkError(f"{line['trace']}: {error}") from error
-            phases[line["phase"]] = {"wall_us": round(line["wall_us"], 1), **summary}
-        found[build.name] = phases
-    return found
-
-
 def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
     """Measure the parts; the results so far, these among them."""
     chip = chip_name()
     path = settings.out / chip / "serving_int8.json"
     result = report.load(path, chip, settings.widths.layers)
     write_checkpoint(settings.model, settings.widths)
+    profiles: dict[str, Any] = {}
     for part, measure_part in (
         ("serve", measure_serving),
         ("offline", measure_offline),
@@ -350,18 +322,19 @@ def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
         with closing(measure_part(settings)) as parts_found:
             for found in parts_found:
                 add(result, found)
+                profiles |= found.profiles
                 report.save(path, result)
         if torch.cuda.is_available():
             check_kernels(settings.builds)
         report.plot(result, path.with_suffix(".png"))
     if result["rows"]:
         report.show(result["rows"], console)
-    if "profile" in parts:
+    if profiles:
         profile = {
             "chip": chip,
             "date": datetime.date.today().isoformat(),
             "layers": settings.widths.layers,
-            "builds": measure_profile(settings),
+            "builds": profiles,
         }
         report.save(settings.profile_out / profile_name(chip), profile)
         console.print(report.profile_markdown(profile), highlight=False, markup=False)
@@ -371,8 +344,7 @@ def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
 def add(result: dict[str, Any], found: Found) -> None:
     """Put what was found into the results, in place of what it measures again."""
     result["date"] = datetime.date.today().isoformat()
-    key = ("build", "engine")
-    result["starts"] = report.merge(result["starts"], found.starts, key)
+    result["starts"] = report.merge(result["starts"], found.starts, ("build",))
     rows = found.rows + report.loading_rows(result["starts"])
     place = ("metric", "batch", "prompt_tokens")
     rows = report.merge(result["rows"], rows, place)

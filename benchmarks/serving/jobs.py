@@ -3,8 +3,8 @@
 
     python -P jobs.py JOB.json
 
-JOB is `{"job": "serve" | "offline" | "profile", "model": folder, "out": file, ..}`; the
-function of that name says what else. The file `out` gets a line of JSON a result.
+JOB is `{"job": "serve" | "offline", "model": folder, "out": file, ..}`; the function of
+that name says what else. The file `out` gets a line of JSON a result.
 """
 
 import json
@@ -90,9 +90,12 @@ def serve(job: Job, emit: Emit) -> None:
 
 
 def offline(job: Job, emit: Emit) -> None:
-    """`vllm bench latency`, then `throughput`, with one engine of `engine_args`.
+    """`vllm bench latency`, then `throughput`, then `profile`, with one engine of
+    `engine_args`.
 
-    `latency` and `throughput` are `{"batch", "prompt_tokens", "output_tokens"}`.
+    `latency` and `throughput` are `{"batch", "prompt_tokens", "output_tokens"}`. The
+    engine is in this process: VLLM_ENABLE_V1_MULTIPROCESSING is 0, and
+    VLLM_CUSTOM_SCOPES_FOR_PROFILING 1, which names the parts of a step in the trace.
     """
     from vllm import LLM
     from vllm.benchmarks import latency, throughput
@@ -130,23 +133,18 @@ def offline(job: Job, emit: Emit) -> None:
         rates.append(json.loads(out.read_text())["tokens_per_second"])
     emit({"name": "throughput", "samples": rates[1:]})
 
+    if job["profile"]:
+        profile(engines[0], job["profile"], Path(job["out"]).with_suffix(""), emit)
 
-def profile(job: Job, emit: Emit) -> None:
-    """Trace decode steps of each of `decode_batches`, and a prefill of `prefill`.
 
-    The engine is in this process: VLLM_ENABLE_V1_MULTIPROCESSING is 0, and
-    VLLM_CUSTOM_SCOPES_FOR_PROFILING 1, which names the parts of a step in the trace.
-    """
+def profile(llm: Any, what: Job, out: Path, emit: Emit) -> None:
+    """Trace decode steps of each of `decode_batches`, and a prefill of `prefill`
+    tokens; the names of the traces begin with `out`."""
     import torch
     from torch.profiler import ProfilerActivity
-    from vllm import LLM, SamplingParams
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm import SamplingParams
 
     on_gpu = torch.cuda.is_available()
-    arguments = ["--model", job["model"], *job["engine_args"]]
-    args = parse(EngineArgs.add_cli_args, arguments)
-    llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
-    emit({"ready": time.time()})
     engine = llm.llm_engine
     vocab = llm.model_config.get_vocab_size()
     names = (f"request-{number}" for number in range(1 << 30))
@@ -185,7 +183,7 @@ def profile(job: Job, emit: Emit) -> None:
     def trace(phase: str, divisor: int, wall: float, work: Callable[[], None]) -> None:
         activities = [ProfilerActivity.CPU]
         activities += [ProfilerActivity.CUDA] if on_gpu else []
-        file = f"{Path(job['out']).with_suffix('')}-{phase.replace(' ', '-')}.json"
+        file = f"{out}-{phase.replace(' ', '-')}.json"
         with torch.profiler.profile(activities=activities) as profiler:
             seconds(work)
         profiler.export_chrome_trace(file)
@@ -198,7 +196,7 @@ def profile(job: Job, emit: Emit) -> None:
             }
         )
 
-    for batch in job["decode_batches"]:
+    for batch in what["decode_batches"]:
         # Prompts share steps by the thousand tokens: one a request is enough to start.
         most = PROFILE_WARM_UP + batch + 2 * PROFILE_STEPS + 8
         requests = [add(PROFILE_PROMPT, most) for _ in range(batch)]
@@ -212,13 +210,13 @@ def profile(job: Job, emit: Emit) -> None:
         engine.abort_request(requests)
         finish()
     for _ in range(2):
-        add(job["prefill"], 1)
+        add(what["prefill"], 1)
         wall = seconds(finish)
-    add(job["prefill"], 1)
-    trace(f"prefill {job['prefill']}", 1, wall, finish)
+    add(what["prefill"], 1)
+    trace(f"prefill {what['prefill']}", 1, wall, finish)
 
 
-JOBS = {"serve": serve, "offline": offline, "profile": profile}
+JOBS = {"serve": serve, "offline": offline}
 
 
 def main() -> None:

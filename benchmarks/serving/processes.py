@@ -185,22 +185,27 @@ def server(
         yield process, url
 
 
-def wait_until_ready(server: Running, url: str) -> None:
+def wait_until_ready(servers: Mapping[str, Running]) -> None:
+    """Wait until all servers answer, by URL."""
     # No proxy stands between processes of one machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
-    while True:
+    waiting = list(servers)
+    while waiting:
         check_signals()
-        server.check()
+        for server in servers.values():
+            server.check()
         try:
-            with opener.open(f"{url}/health", timeout=5):
-                return
+            with opener.open(f"{waiting[0]}/health", timeout=5):
+                waiting.pop(0)
+                continue
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             pass
         if time.monotonic() > deadline:
+            late = servers[waiting[0]]
             raise BenchmarkError(
-                f"{server.what} was not ready in {START_SECONDS} s; the end of "
-                f"{server.log}:\n{last_lines(server.log)}"
+                f"{late.what} was not ready in {START_SECONDS} s; the end of "
+                f"{late.log}:\n{last_lines(late.log)}"
             )
         time.sleep(0.1)
 

@@ -29,9 +29,8 @@ SPEED = {
 }
 WEIGHTS_LOADING = "weights loading (s)"
 ENGINE_START = "engine start (s)"
-FIRST_START = "first engine start, nothing compiled (s)"
 MODEL_MEMORY, PEAK_MEMORY = "model memory (GiB)", "peak GPU memory (GiB)"
-LOADING = (WEIGHTS_LOADING, ENGINE_START, FIRST_START)
+LOADING = (WEIGHTS_LOADING, ENGINE_START)
 MEMORY = (MODEL_MEMORY, PEAK_MEMORY)
 LONG_PROMPT = 8192
 
@@ -58,32 +57,21 @@ def _short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def loading_rows(starts: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Medians over the starts of engines; peaks are those of the server alone."""
-    starts = list(starts)
-
-    def of(key: str, keep: Callable[[Mapping[str, Any]], bool]) -> dict[str, list]:
-        return {
-            build: [
-                start[key]
-                for start in starts
-                if start["build"] == build and start[key] is not None and keep(start)
-            ]
-            for build in BUILDS
+def loading_rows(starts: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One row a figure that both builds' starts have."""
+    rows = []
+    for metric, key in (
+        (WEIGHTS_LOADING, "weights_s"),
+        (ENGINE_START, "start_s"),
+        (MODEL_MEMORY, "model_gib"),
+        (PEAK_MEMORY, "peak_gib"),
+    ):
+        samples = {
+            start["build"]: [start[key]] for start in starts if start[key] is not None
         }
-
-    found = {
-        WEIGHTS_LOADING: of("weights_s", lambda _: True),
-        ENGINE_START: of("start_s", lambda start: start["compiled"]),
-        FIRST_START: of("start_s", lambda start: not start["compiled"]),
-        MODEL_MEMORY: of("model_gib", lambda _: True),
-        PEAK_MEMORY: of("peak_gib", lambda start: start["engine"] == "serve"),
-    }
-    return [
-        make_row(metric, samples)
-        for metric, samples in found.items()
-        if all(samples.values())
-    ]
+        if samples.keys() == set(BUILDS):
+            rows.append(make_row(metric, samples))
+    return rows
 
 
 def merge(
