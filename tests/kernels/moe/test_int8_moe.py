@@ -447,10 +447,13 @@ def test_quark_method_uses_it(
         is_cuda=lambda: is_cuda,
         is_device_capability=lambda asked: asked == capability,
     )
-    monkeypatch.setattr(quark_moe, "current_platform", platform)
+    for module in (quark_moe, int8_moe):
+        monkeypatch.setattr(module, "current_platform", platform)
     monkeypatch.setattr(fused_moe, "fused_experts", lambda *_, **__: "upstream's")
     method = QuarkW8A8Int8MoEMethod.__new__(QuarkW8A8Int8MoEMethod)
-    method.moe = SimpleNamespace(moe_backend=backend, disable_inplace=True)
+    method.moe = SimpleNamespace(
+        moe_backend=backend, activation=SILU, disable_inplace=True
+    )
     method.moe_quant_config = made.quant_config
     layer = SimpleNamespace(
         w13_weight=made.w13,
