@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
+from vllm.distributed import get_ep_group
+from vllm.distributed.eplb import eplb_state
+from vllm.model_executor.layers.fused_moe import FusedMoE
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.quark.quark import (
     QuarkConfig,
@@ -146,6 +149,20 @@ def test_excluded_attention_is_not_quantized(build):
 def test_half_excluded_is_an_error_that_names_the_shards(build, excluded):
     with pytest.raises(ValueError, match=r"_proj.*_proj.*layers\.1\."):
         build(*excluded)
+
+
+def test_eplb_finds_every_layer_of_experts(build, monkeypatch):
+    """A layer that it does not find refuses its first prompt."""
+    monkeypatch.setattr(eplb_state, "get_eplb_group", get_ep_group)
+    model, _ = build(num_redundant_experts=2)
+    vllm_config = model.model.vllm_config
+    device = next(model.parameters()).device
+    state = eplb_state.EplbState(vllm_config.parallel_config, device)
+    state.add_model(model, vllm_config.model_config)
+    layers = [module for module in model.modules() if isinstance(module, FusedMoE)]
+    assert layers
+    for layer in layers:
+        layer.router._validate_eplb_state()
 
 
 @pytest.fixture
