@@ -309,7 +309,11 @@ def run_int8_experts(
     )
     sorted_pairs, tile_experts, num_tiles = tiles
     max_tiles = tile_experts.numel()
-    h = x.new_empty((max_tiles * block_m, width))
+    rows = max_tiles * block_m
+    # The first product is read for the last time before the second is written.
+    memory = x.new_empty(max(rows * width, num_pairs * hidden_size))
+    h = memory[: rows * width].view(rows, width)
+    y = memory[: num_pairs * hidden_size].view(num_pairs, hidden_size)
     p = config.w13
     _launch_product(
         kernels.w13_kernel,
@@ -333,12 +337,12 @@ def run_int8_experts(
         EVEN_K=hidden_size % p.block_k == 0,
         **first,
     )
-    hq, h_scale = _empty_quantized(max_tiles * block_m, width, x)
+    hq, h_scale = _empty_quantized(rows, width, x)
     block_k = triton.next_power_of_2(width)
-    rows = max(1, 8192 // block_k)
+    rows_a_program = max(1, 8192 // block_k)
     _launch(
         kernels.quantize_pairs_kernel,
-        (triton.cdiv(max_tiles * block_m, rows),),
+        (triton.cdiv(rows, rows_a_program),),
         pdl,
         h,
         a2_scale,
@@ -349,13 +353,12 @@ def run_int8_experts(
         num_pairs,
         width,
         BLOCK_M=block_m,
-        ROWS=rows,
+        ROWS=rows_a_program,
         BLOCK_K=block_k,
         STATIC=a2_scale is not None,
         num_warps=8,
     )
 
-    y = x.new_empty((num_pairs, hidden_size))
     p = config.w2
     w2_args = (
         h_scale,
