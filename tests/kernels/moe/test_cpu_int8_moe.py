@@ -242,8 +242,16 @@ def test_router_weight_on_input_matches_float64(bias, rng):
     ids=str,
 )
 def test_output_has_the_dtype_of_the_input(dtype, tolerance, rng):
-    batch = make_batch(Shape(), rng, dtype=dtype)
-    assert_matches(make_experts(Shape(), rng), batch, tolerance=tolerance)
+    """In norm: of short numbers many lie between two int8 steps, to the last bit, and
+    may take either one, which moves all outputs of a token."""
+    experts, batch = make_experts(Shape(), rng), make_batch(Shape(), rng, dtype=dtype)
+    output, expected = (
+        run(experts, batch, DEFAULTS),
+        in_float64(experts, batch, DEFAULTS),
+    )
+    assert output.dtype == dtype
+    assert output.shape == batch.hidden_states.shape
+    assert (output.double() - expected).norm() <= tolerance * expected.norm()
 
 
 @given(st.data())
