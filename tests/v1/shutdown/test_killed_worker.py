@@ -30,6 +30,7 @@ OPTIONS = ["--enforce-eager", "--served-model-name", "tiny"]
 OPTIONS += ["--max-model-len", str(MAX_MODEL_LEN), "--gpu-memory-utilization", "0.1"]
 OPTIONS += ["--kv-cache-memory-bytes", str(16 << 20)]
 PAIR = (999, 999)
+NUM_CHOICES = 32
 END_SECONDS, ANSWER_SECONDS = 30, 60
 
 # What is killed, and when: what the log then says. Numbers are pid and rank.
@@ -80,11 +81,12 @@ def assert_right(server: Server) -> None:
     assert choice["text"] == addition.answer(*PAIR)
 
 
-def running(server: Server) -> float:
+def in_flight(server: Server) -> float:
+    """Choices that are computed, or wait for it."""
     with urlopen(f"{server.url}/metrics", timeout=ANSWER_SECONDS) as response:
         metrics = response.read().decode()
-    [value] = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics, re.M)
-    return float(value)
+    names = r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$"
+    return sum(map(float, re.findall(names, metrics, re.M)))
 
 
 def kill(server: Server, title: str) -> None:
@@ -105,12 +107,16 @@ def kill_while_serving(server: Server, title: str) -> None:
     """Two requests in flight end with an error."""
     server.wait_until_ready()
     assert_right(server)
+    # So many choices that they take longer than the busiest machine needs to kill.
     long = {"max_tokens": MAX_MODEL_LEN - 8, "ignore_eos": True}
+    long |= {"n": NUM_CHOICES, "temperature": 1}
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(post, server, **long)
         with post(server, **long, stream=True) as stream:
             assert stream.readline().startswith(b"data: ")
-            server.wait_until(lambda: running(server) == 2, "busy", ANSWER_SECONDS)
+            server.wait_until(
+                lambda: in_flight(server) > NUM_CHOICES, "busy", ANSWER_SECONDS
+            )
             kill(server, title)
             rest = stream.read().decode()
         with pytest.raises(HTTPError) as refused:
