@@ -38,7 +38,6 @@ EXPORTS = {"3key": FIXTURES / "int8-3key", "per_expert": FIXTURES / "int8-per-ex
 QUESTIONS = addition.held_out(200)
 TOP = 20
 MAX_TOKENS = 5  # the same in ask_checkpoints.py
-MEMORY_SHARE = 0.3  # of the device's memory: more than the small model needs
 # Set, the cache is not measured, and builds may be run at the same time.
 CACHE_BYTES = 256 << 20
 

@@ -71,15 +71,15 @@ def ask(
 ) -> list[Answers]:
     """Start an engine with these further environment variables and options of `LLM`;
     ask it, and again after each of the steps."""
+    num_ranks = options.get("tensor_parallel_size", 1)
+    num_ranks *= options.get("pipeline_parallel_size", 1)
     process = _start(
-        {
-            "prompts": prompts,
-            "num_tokens": num_tokens,
-            "steps": steps,
-            "parameters": parameters,
-            "engines": [{"model": str(model)} | options],
-        },
-        _one_core_a_rank(options) | dict(env or {}),
+        [{"model": str(model)} | options],
+        prompts,
+        num_tokens,
+        one_core_a_rank(num_ranks) | dict(env or {}),
+        steps,
+        parameters,
     )
     [answers] = _results(process)
     return answers
@@ -99,13 +99,7 @@ def ask_data_parallel(
     share = len(prompts) // num_ranks
     processes = []
     for rank in range(num_ranks):
-        job = {
-            "prompts": prompts[rank * share : (rank + 1) * share],
-            "num_tokens": num_tokens,
-            "steps": [],
-            "parameters": [],
-            "engines": [{"model": str(model)} | options],
-        }
+        its_prompts = prompts[rank * share : (rank + 1) * share]
         env = {
             "VLLM_DP_RANK": str(rank),
             "VLLM_DP_RANK_LOCAL": str(rank),
@@ -113,7 +107,8 @@ def ask_data_parallel(
             "VLLM_DP_MASTER_IP": "127.0.0.1",
             "VLLM_DP_MASTER_PORT": port,
         }
-        processes.append(_start(job, env))
+        engines = [{"model": str(model)} | options]
+        processes.append(_start(engines, its_prompts, num_tokens, env))
     try:
         return [answers for process in processes for [answers] in _results(process)]
     finally:
@@ -131,24 +126,14 @@ def ask_each(
     `env` among the options holds environment variables. An engine that does not start
     is the error's last line.
     """
-    process = _start(
-        {
-            "prompts": prompts,
-            "num_tokens": num_tokens,
-            "steps": [],
-            "parameters": [],
-            "engines": list(engines),
-        },
-        {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-    )
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    process = _start(engines, prompts, num_tokens, env)
     results = _results(process, errors=True)
     return [one if isinstance(one, str) else one[0] for one in results]
 
 
-def _one_core_a_rank(options: Mapping[str, Any]) -> dict[str, str]:
+def one_core_a_rank(num_ranks: int) -> dict[str, str]:
     """On a CPU vLLM wants a NUMA node a rank, or to be told each rank's cores."""
-    num_ranks = options.get("tensor_parallel_size", 1)
-    num_ranks *= options.get("pipeline_parallel_size", 1)
     if num_ranks == 1:
         return {}
     cores = sorted(os.sched_getaffinity(0))
@@ -156,7 +141,21 @@ def _one_core_a_rank(options: Mapping[str, Any]) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(chosen)}
 
 
-def _start(job: Mapping[str, Any], env: Mapping[str, str]) -> subprocess.Popen[str]:
+def _start(
+    engines: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    env: Mapping[str, str],
+    steps: Sequence[Step] = (),
+    parameters: Sequence[str] = (),
+) -> subprocess.Popen[str]:
+    job = {
+        "engines": engines,
+        "prompts": prompts,
+        "num_tokens": num_tokens,
+        "steps": steps,
+        "parameters": parameters,
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "tests.engine", json.dumps(job)],
         cwd=ROOT,

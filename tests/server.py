@@ -2,7 +2,6 @@
 """`vllm serve` in a session of its own, whose processes are all found again."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import psutil
+from vllm.utils.network_utils import get_open_port
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS, END_SECONDS = 300, 60
@@ -116,12 +116,6 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @contextmanager
 def serve(
     model: Path,
@@ -134,7 +128,7 @@ def serve(
 
     Whatever is left of it at the end is killed.
     """
-    port = port or free_port()
+    port = port or get_open_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
     # Appended to: several processes write it.

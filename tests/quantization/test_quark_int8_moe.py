@@ -25,6 +25,7 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import tl
 
 from tests.quantization.utils import poison, random_int8, random_scales
+from tests.v1.utils import HOPPER
 
 NUM_EXPERTS = 6
 TOP_K = 2
@@ -36,7 +37,6 @@ ROWS = {"w1": INTERMEDIATE, "w3": INTERMEDIATE, "w2": HIDDEN}
 COLUMNS = {"w1": HIDDEN, "w3": HIDDEN, "w2": INTERMEDIATE}
 SCALES = ("w13_weight_scale", "w2_weight_scale")
 
-HOPPER = current_platform.is_cuda() and current_platform.is_device_capability(90)
 EDIT_2 = pytest.mark.needs_patch("0002")
 
 

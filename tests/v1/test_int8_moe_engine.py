@@ -6,23 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.platforms import current_platform
 
 from tests.engine import AGAIN, Answers, ask, sleep
-from tests.v1.utils import EXPORT, NUM_TOKENS, PROMPTS, assert_alike, make_prompts
+from tests.v1.utils import (
+    EXPORT,
+    NUM_TOKENS,
+    PROMPTS,
+    assert_alike,
+    assert_kernels,
+    make_prompts,
+)
 
-# Elsewhere upstream's kernel serves.
-HOPPER = current_platform.is_cuda() and current_platform.is_device_capability(90)
 # Sums with eight solved ones before them: more tokens than a block of the prefix cache.
 LONG_PROMPTS = make_prompts(9)
 ROOM: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 64 << 20}
 
 pytestmark = pytest.mark.gpu
-
-
-def assert_kernels(answers: Answers) -> None:
-    """Of the INT8 MoE's own where they serve, and of upstream's where not."""
-    assert all((runs > 0) == HOPPER for runs in answers.int8_moe_runs)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.platforms import current_platform
 
 from examples import matrix
 from examples.compare_builds import MAX_TOKENS, make_prompts
@@ -13,8 +12,8 @@ from tests.engine import Answers, ask_each
 from tests.fixtures import addition
 from tests.fixtures.cells import CELLS, Cell
 from tests.fixtures.step3p5_tiny import EOS_ID
+from tests.v1.utils import HOPPER
 
-HOPPER = current_platform.is_cuda() and current_platform.is_device_capability(90)
 # The kernel that a platform prefers to Triton's for INT8 linear layers.
 PREFERRED = "CutlassInt8ScaledMMLinearKernel,AiterInt8ScaledMMLinearKernel"
 TRITON: dict[str, Any] = {

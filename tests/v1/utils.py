@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.platforms import current_platform
 
 from tests.engine import Answers
 from tests.models import step3p5_reference
 
+# Where the INT8 MoE's own kernels serve; elsewhere upstream's does.
+HOPPER = current_platform.is_cuda() and current_platform.is_device_capability(90)
 FIXTURES = Path(__file__).parents[1] / "fixtures/step3p5-tiny"
 EXPORT, BF16 = FIXTURES / "int8-3key", FIXTURES / "bf16"
 NUM_TOKENS = 6
@@ -62,6 +65,12 @@ def clear(answers: Answers) -> Tensor:
     """bool [prompts]: the first choice is clear at each token."""
     best, second = answers.logprobs.topk(2).values.unbind(-1)
     return (best - second > CLEAR).all(dim=1)
+
+
+def assert_kernels(answers: Answers) -> None:
+    """On each rank, of the INT8 MoE's own where they serve, and of upstream's where
+    not."""
+    assert all((runs > 0) == HOPPER for runs in answers.int8_moe_runs)
 
 
 def assert_alike(

@@ -4,7 +4,6 @@ answers what it was asked with an error, says which process died, ends with stat
 leaves nothing behind; and started again, it answers."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -20,9 +19,11 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 from vllm.platforms import current_platform
+from vllm.utils.network_utils import get_open_port
 
+from tests.engine import one_core_a_rank
 from tests.fixtures import addition
-from tests.server import ROOT, Server, free_port, is_alive, serve
+from tests.server import ROOT, Server, is_alive, serve
 
 MODEL = ROOT / "tests/fixtures/step3p5-tiny/int8-3key"
 MAX_MODEL_LEN = 1024
@@ -148,13 +149,8 @@ cpu = pytest.mark.skipif(
 )
 def test_killed(ranks: int, tmp_path: Path) -> None:
     options = [*OPTIONS, "--tensor-parallel-size", str(ranks)]
-    env = {}
-    if current_platform.is_cpu():
-        # A NUMA node a rank, or to be told each rank's cores.
-        cores = sorted(os.sched_getaffinity(0))
-        chosen = (str(cores[rank % len(cores)]) for rank in range(ranks))
-        env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(chosen)
-    port = free_port()
+    env = one_core_a_rank(ranks)
+    port = get_open_port()
     for (when, title), said in SAID.items():
         if title == WORKER and ranks == 1 and not current_platform.is_cpu():
             continue  # the engine's process is the worker
