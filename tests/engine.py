@@ -47,7 +47,8 @@ class Answers:
     """Greedy answers: tokens int64 [prompts, T]; logprobs float64 [prompts, T, vocab]
     of each token after those before it.
 
-    Up to them each worker launched the INT8 MoE's own kernels int8_moe_runs times;
+    Up to them each worker launched the INT8 MoE's own kernels int8_moe_runs times, and
+    that of INT8 linear layers of few tokens int8_linear_runs times;
     num_cached_tokens of the prompts came from the prefix cache. experts_at is each
     worker's `Watched.experts_at`, and parameters what it holds of those asked for.
     """
@@ -55,6 +56,7 @@ class Answers:
     tokens: Tensor
     logprobs: Tensor
     int8_moe_runs: list[int]
+    int8_linear_runs: list[int]
     num_cached_tokens: int
     experts_at: list[list[list[int]]]
     parameters: dict[str, list[Tensor]]
@@ -128,7 +130,7 @@ def ask_each(
     """
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     process = _start(engines, prompts, num_tokens, env)
-    results = _results(process, errors=True)
+    results = _results(process, len(engines), errors=True)
     return [one if isinstance(one, str) else one[0] for one in results]
 
 
@@ -166,14 +168,17 @@ def _start(
     )
 
 
-def _results(process: subprocess.Popen[str], errors: bool = False) -> list[Any]:
+def _results(
+    process: subprocess.Popen[str], num_engines: int = 1, errors: bool = False
+) -> list[Any]:
     """Of each engine its Answers, in a list, or its error if those are asked for."""
+    seconds = START_SECONDS * num_engines
     try:
-        said, _ = process.communicate(timeout=START_SECONDS)
+        said, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         said, _ = process.communicate()
-        raise AssertionError(f"no answer in {START_SECONDS} s:\n{said}") from None
+        raise AssertionError(f"no answer in {seconds} s:\n{said}") from None
     assert process.returncode == 0, said
     found = []
     for line in said.splitlines():
@@ -190,6 +195,7 @@ def _answers(one: dict[str, Any]) -> Answers:
         tokens=torch.tensor(one["tokens"]),
         logprobs=torch.tensor(one["logprobs"], dtype=torch.float64),
         int8_moe_runs=one["int8_moe_runs"],
+        int8_linear_runs=one["int8_linear_runs"],
         num_cached_tokens=one["num_cached_tokens"],
         experts_at=one["experts_at"],
         parameters={
@@ -237,6 +243,7 @@ def _ask(llm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
             for one in completions
         ],
         "int8_moe_runs": llm.collective_rpc("int8_moe_runs"),
+        "int8_linear_runs": llm.collective_rpc("int8_linear_runs"),
         "num_cached_tokens": sum(output.num_cached_tokens or 0 for output in outputs),
         "experts_at": llm.collective_rpc("experts_at"),
         "parameters": {

@@ -4,16 +4,21 @@
 from typing import Any
 from unittest.mock import patch
 
+from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
 from vllm.model_executor.layers.fused_moe import int8_moe
 
-_runs = patch.object(
+_moe_runs = patch.object(
     int8_moe, "run_int8_experts", wraps=int8_moe.run_int8_experts
+).start()
+_linear_runs = patch.object(
+    int8_few_tokens, "run_int8_linear", wraps=int8_few_tokens.run_int8_linear
 ).start()
 
 
 def forget() -> None:
     """Count anew: a process may start one engine after the other."""
-    _runs.reset_mock()
+    _moe_runs.reset_mock()
+    _linear_runs.reset_mock()
 
 
 class Watched:
@@ -23,7 +28,11 @@ class Watched:
 
     def int8_moe_runs(self) -> int:
         """How often this worker launched the INT8 MoE's own kernels."""
-        return _runs.call_count
+        return _moe_runs.call_count
+
+    def int8_linear_runs(self) -> int:
+        """How often it launched the kernel of INT8 linear layers of few tokens."""
+        return _linear_runs.call_count
 
     def experts_at(self) -> list[list[int]]:
         """EPLB's physical_to_logical_map, [layers, physical experts]; else empty."""

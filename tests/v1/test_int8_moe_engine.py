@@ -10,6 +10,7 @@ import torch
 from tests.engine import AGAIN, Answers, ask, sleep
 from tests.v1.utils import (
     EXPORT,
+    HOPPER,
     NUM_TOKENS,
     PROMPTS,
     assert_alike,
@@ -37,6 +38,15 @@ def test_answers_are_those_of_upstreams_kernel(upstreams: Answers, eager: bool) 
     [ours] = ask(EXPORT, PROMPTS, NUM_TOKENS, enforce_eager=eager)
     assert_kernels(ours)
     assert_alike(ours, upstreams)
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_few_tokens(upstreams: Answers, eager: bool) -> None:
+    """One prompt at a time: INT8 linear layers take their kernel for few tokens."""
+    [alone] = ask(EXPORT, PROMPTS, NUM_TOKENS, enforce_eager=eager, max_num_seqs=1)
+    assert_kernels(alone)
+    assert (alone.int8_linear_runs[0] > 0) == HOPPER
+    assert_alike(alone, upstreams)
 
 
 def test_chunked_prefill_and_prefix_cache() -> None:

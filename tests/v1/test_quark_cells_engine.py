@@ -14,8 +14,10 @@ from tests.fixtures.cells import CELLS, Cell
 from tests.fixtures.step3p5_tiny import EOS_ID
 from tests.v1.utils import HOPPER
 
-# The kernel that a platform prefers to Triton's for INT8 linear layers.
-PREFERRED = "CutlassInt8ScaledMMLinearKernel,AiterInt8ScaledMMLinearKernel"
+# The kernels that platforms prefer to upstream's Triton one for INT8 linear layers.
+PREFERRED = ",".join(
+    f"{name}Int8ScaledMMLinearKernel" for name in ("FewTokens", "Cutlass", "Aiter")
+)
 TRITON: dict[str, Any] = {
     "moe_backend": "triton",
     "env": {"VLLM_DISABLED_KERNELS": PREFERRED},

@@ -15,51 +15,14 @@ sums over experts are taken in one order, without atomics: the same input gives 
 bits.
 """
 
+from vllm.model_executor.kernels.int8_triton import (
+    dot4,
+    pack4,
+    quantize,
+    quantize_static,
+    wait_for_inputs,
+)
 from vllm.triton_utils import tl, triton
-
-
-@triton.jit
-def _wait_for_inputs(PDL: tl.constexpr):
-    """Wait until the kernel before has finished; let the kernel after be launched.
-
-    With programmatic dependent launch a kernel starts while the one before it ends.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def _round_to_byte(x):
-    """The low byte of the result is x rounded to an integer, halves to even.
-
-    Below 2**22 the sum has a unit in the last place of one, so that adding rounds and
-    the integer appears in the low bits of the mantissa.
-    """
-    return (x + 12582912.0).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _quantize(x, absmax):
-    """Dynamic quantization: int32 with the quantized value in its low byte.
-
-    Args:
-        x: float32.
-        absmax: float32 that broadcasts to x, the largest magnitude.
-
-    The fused multiply-add rounds once, so that the result is x * (127 / absmax), with
-    the float32 quotient, rounded exactly.
-    """
-    inverse = tl.div_rn(127.0, absmax)
-    rounded = tl.fma(x, tl.broadcast_to(inverse, x.shape), 12582912.0)
-    return rounded.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _quantize_static(x, scale):
-    """Static quantization: int32 with the quantized value in its low byte."""
-    x = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
-    return _round_to_byte(tl.clamp(x, -128.0, 127.0))
 
 
 @triton.jit
@@ -109,11 +72,11 @@ def _quantize_rows(
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if STATIC:
         scale = tl.zeros((ROWS,), tl.float32) + tl.load(static_scale_ptr)
-        xq = _quantize_static(x, scale[:, None]).to(tl.int8)
+        xq = quantize_static(x, scale[:, None]).to(tl.int8)
     else:
         absmax = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-10)
         scale = tl.div_rn(absmax, 127.0)
-        xq = _quantize(x, absmax[:, None]).to(tl.int8)
+        xq = quantize(x, absmax[:, None]).to(tl.int8)
     tl.store(xq_ptr + offsets, xq, mask=mask)
     tl.store(scale_ptr + rows, scale, mask=is_row)
 
@@ -138,7 +101,7 @@ def quantize_pairs_kernel(
 
     h [tiles * BLOCK_M, K] float to hq, int8, and scale [tiles * BLOCK_M] float32.
     """
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     start = tl.program_id(0) * ROWS
     if start >= tl.load(num_tiles_ptr) * BLOCK_M:
         return
@@ -191,7 +154,7 @@ def prepare_kernel(
     `align_kernel` says. The first E programs sort: each looks at all pairs, counts them
     by expert and places those of its own.
     """
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     program = tl.program_id(0)
     if ALIGNERS:
         if program < E:
@@ -290,7 +253,7 @@ def count_kernel(
 
     counts [parts, BINS] int32; absent pairs go to bin E. Reads 4 bytes a pair.
     """
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     part = tl.program_id(0)
     pairs = part * PART + tl.arange(0, PART)
     experts = _local_experts(
@@ -320,7 +283,7 @@ def scan_kernel(
 
     before [parts, BINS] and totals [BINS], int32. PARTS x BLOCK is a tile.
     """
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     bins = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     totals = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, num_parts, PARTS):
@@ -362,7 +325,7 @@ def align_kernel(
     sorted_pairs [tiles * BLOCK_M] int32, padded with num_pairs; tile_experts [tiles]
     int32; num_tiles [1] int32.
     """
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     program = tl.program_id(0)
     first_pair = program * PART
     i = tl.arange(0, PART)
@@ -553,7 +516,7 @@ def w13_kernel(
     Reads 2 N K bytes an expert, and its pairs' K bytes once for each BLOCK_N columns
     (from L2); writes 2 N bytes a pair. 4 N K operations a pair.
     """
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     num_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // num_n
     n0 = tl.program_id(0) % num_n * BLOCK_N
@@ -641,7 +604,7 @@ def w2_kernel(
     Reads N K bytes an expert, and its pairs' K bytes once for each BLOCK_N columns
     (from L2); writes 2 N bytes a pair. 2 N K operations a pair.
     """
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     num_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // num_n
     n0 = tl.program_id(0) % num_n * BLOCK_N
@@ -714,7 +677,7 @@ def w2_narrow_kernel(
     turn, so that the next block's weights arrive while this one is written. Bytes and
     operations are those of `w2_kernel`, but pairs are read once for each BLOCKS blocks.
     """
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     num_groups = tl.cdiv(N, BLOCK_N * BLOCKS)
     tile = tl.program_id(0) // num_groups
     first_n = tl.program_id(0) % num_groups * (BLOCK_N * BLOCKS)
@@ -771,7 +734,7 @@ def sum_topk_kernel(
 
     y [M * topk, K] to out [M, K]. Moves 2 K (topk + 1) bytes a token.
     """
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_K,), tl.float32)
@@ -787,31 +750,6 @@ def sum_topk_kernel(
         )
     out = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * K + columns, out, mask=columns < K)
-
-
-@triton.jit
-def _dot4(a, b, sums, DOT4: tl.constexpr):
-    """sums + a . b, where an int32 holds four int8."""
-    if DOT4:
-        sums = tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [a, b, sums],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        for i in tl.static_range(0, 4):
-            sums += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
-    return sums
-
-
-@triton.jit
-def _pack4(quantized):
-    """The low bytes of int32 [..., 4] in one int32 [...]."""
-    shift = tl.arange(0, 4) * 8
-    return tl.sum((quantized & 0xFF) << shift, axis=-1)
 
 
 @triton.jit
@@ -863,7 +801,7 @@ def w13_few_kernel(
     pair = tl.program_id(1)
     k = tl.arange(0, BLOCK_K)
     words = K // 4
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     expert = _local_experts(
         topk_ids_ptr, expert_map_ptr, pair, pair >= 0, num_ids, HAS_EXPERT_MAP
     ).to(tl.int64)
@@ -878,11 +816,11 @@ def w13_few_kernel(
     x = tl.load(x_ptr + x_offsets, mask=(k < words)[:, None], other=0.0).to(tl.float32)
     if STATIC_X:
         x_scale = tl.load(x_static_scale_ptr)
-        xq = _pack4(_quantize_static(x, x_scale))
+        xq = pack4(quantize_static(x, x_scale))
     else:
         absmax = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), 1e-10)
         x_scale = tl.div_rn(absmax, 127.0)
-        xq = _pack4(_quantize(x, absmax))
+        xq = pack4(quantize(x, absmax))
     xq = tl.broadcast_to(xq[None, :], (BLOCK_N, BLOCK_K))
     zeros = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     if WEIGH:
@@ -898,8 +836,8 @@ def w13_few_kernel(
         rows = expert * 2 * N + n
         if TURNS:
             w_gate, w_up = _load_gate_up(w13_ptr, n, N, words, BLOCK_N, BLOCK_K)
-        gate = tl.sum(_dot4(w_gate, xq, zeros, DOT4), axis=1).to(tl.float32)
-        up = tl.sum(_dot4(w_up, xq, zeros, DOT4), axis=1).to(tl.float32)
+        gate = tl.sum(dot4(w_gate, xq, zeros, DOT4), axis=1).to(tl.float32)
+        up = tl.sum(dot4(w_up, xq, zeros, DOT4), axis=1).to(tl.float32)
         if PER_CHANNEL:
             gate *= x_scale * tl.load(w13_scale_ptr + rows, mask=n < N, other=0.0)
             up *= x_scale * tl.load(w13_scale_ptr + rows + N, mask=n < N, other=0.0)
@@ -961,7 +899,7 @@ def w2_few_kernel(
         topk_ids_ptr, expert_map_ptr, pairs, j < topk, num_ids, HAS_EXPERT_MAP
     ).to(tl.int64)
     present = experts >= 0
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     h_offsets = (
         pairs.to(tl.int64)[:, None, None] * K
         + k[None, :, None] * 4
@@ -971,11 +909,11 @@ def w2_few_kernel(
     h = tl.load(h_ptr + h_offsets, mask=mask, other=0.0).to(tl.float32)
     if STATIC_H:
         h_scale = tl.zeros((TOPK,), tl.float32) + tl.load(h_static_scale_ptr)
-        hq = _pack4(_quantize_static(h, tl.load(h_static_scale_ptr)))
+        hq = pack4(quantize_static(h, tl.load(h_static_scale_ptr)))
     else:
         absmax = tl.maximum(tl.max(tl.max(tl.abs(h), axis=2), axis=1), 1e-10)
         h_scale = tl.div_rn(absmax, 127.0)
-        hq = _pack4(_quantize(h, absmax[:, None, None]))
+        hq = pack4(quantize(h, absmax[:, None, None]))
     # Pairs and columns make one dimension: row r is column r % BLOCK_N of its pair.
     hq = tl.broadcast_to(hq[:, None, :], (TOPK, BLOCK_N, BLOCK_K))
     hq = hq.reshape(TOPK * BLOCK_N, BLOCK_K)
@@ -1001,7 +939,7 @@ def w2_few_kernel(
         w_ptrs = w2_ptr + (row_experts * N + n0 + column)[:, None] * words + k[None, :]
         w_mask = (row_experts >= 0) & (n0 + column < N)
         w = tl.load(w_ptrs, mask=w_mask[:, None] & (k < words)[None, :], other=0)
-        y = tl.sum(_dot4(w, hq, zeros, DOT4), axis=1).to(tl.float32)
+        y = tl.sum(dot4(w, hq, zeros, DOT4), axis=1).to(tl.float32)
         y = y.reshape(TOPK, BLOCK_N)
         if PER_CHANNEL:
             w_scale = tl.load(w2_scale_ptr + rows, mask=row_mask, other=0.0)

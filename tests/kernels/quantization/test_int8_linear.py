@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT8 linear layers of few tokens, against products of whole numbers in float64.
+
+On a GPU if there is one, else in Triton's interpreter, which cuts bfloat16 off where
+GPUs round, so it takes the other dtypes.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.scaled_mm import cutlass, int8_few_tokens
+from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
+    MOST_TOKENS,
+    Tiles,
+    choose_tiles,
+    run_int8_linear,
+)
+from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+
+from tests.quantization.utils import random_int8, random_scales
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+interpreted = pytest.mark.skipif(
+    not GPU and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU, or TRITON_INTERPRET=1 in the environment",
+)
+
+
+@pytest.fixture
+def unwritten_is_nan() -> Iterator[None]:
+    """New memory holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_rows(*shape: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    """Without what lies between two whole numbers: the interpreter rounds twice."""
+    x = torch.randn(shape, generator=rng).to(dtype)
+    steps = x.double() * 127 / x.double().abs().amax(dim=-1, keepdim=True)
+    x[(steps - steps.floor() - 0.5).abs() < 1e-3] = 0
+    return x.to(DEVICE)
+
+
+def quantize(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Whole numbers and their scales, both float64."""
+    if scale is not None:
+        divided = x.float() / scale
+        return divided.round().clamp(-128, 127).double(), scale.double()
+    absmax = x.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-10)
+    inverse = (127.0 / absmax).double()
+    return (x.double() * inverse).round(), (absmax / 127.0).double()
+
+
+def expected(
+    x: Tensor, weight: Tensor, scale: Tensor, static: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    xq, x_scale = quantize(x, static)
+    out = (xq @ weight.double().T) * x_scale * scale.double().view(1, -1)
+    return out if bias is None else out + bias.double()
+
+
+@interpreted
+@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("per_tensor", [False, True], ids=["channels", "tensor"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_equals_products_of_whole_numbers(
+    dtype: torch.dtype, static: bool, per_tensor: bool, bias: bool, rng: torch.Generator
+) -> None:
+    """Rows of odd numbers, whole and cut blocks, one block each and several in turn."""
+    tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    for (n, k), num_tokens, tiles in itertools.product(
+        ((1, 16), (7, 48), (33, 272)),
+        (1, MOST_TOKENS, 3),
+        (Tiles(1, 4, 1), Tiles(4, 4, 1024), Tiles(2, 8, 2)),
+    ):
+        x = random_rows(num_tokens, k, dtype=dtype, rng=rng)
+        weight = random_int8(n, k, rng=rng).to(DEVICE)
+        scale = random_scales(*((1,) if per_tensor else (n, 1)), rng=rng).to(DEVICE)
+        # A few values lie beyond what it holds.
+        input_scale = torch.tensor(1 / 64, device=DEVICE) if static else None
+        added = torch.randn(n, generator=rng).to(dtype).to(DEVICE) if bias else None
+        out = run_int8_linear(tiles, x, weight, scale, input_scale, added)
+        reference = expected(x, weight, scale, input_scale, added)
+        assert out.dtype == dtype and out.shape == (num_tokens, n)
+        largest = reference.abs().max().item()
+        torch.testing.assert_close(
+            out.double(), reference, rtol=tolerance, atol=tolerance * largest
+        )
+
+
+@interpreted
+@pytest.mark.usefixtures("unwritten_is_nan")
+def test_the_same_bits_whoever_shares_the_batch(rng: torch.Generator) -> None:
+    x = random_rows(2, 272, dtype=torch.float16, rng=rng)
+    weight = random_int8(33, 272, rng=rng).to(DEVICE)
+    scale = random_scales(33, 1, rng=rng).to(DEVICE)
+    tiles = Tiles(4, 4, 2)
+    together = run_int8_linear(tiles, x, weight, scale, None, None)
+    for row, alone in zip(x, together, strict=True):
+        found = run_int8_linear(tiles, row[None], weight, scale, None, None)
+        assert torch.equal(found[0], alone)
+
+
+@interpreted
+def test_operator_takes_it_for_few_tokens_alone(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tokens, rows that are no whole vectors and rows that do not lie in registers
+    are upstream's; leading dimensions stay; no token gives no row."""
+    asked = []
+
+    def upstreams(xq, weight, x_scale, w_scale, dtype, bias):
+        asked.append(tuple(xq.shape))
+        return torch.full((xq.shape[0], weight.shape[1]), 7.0, dtype=dtype)
+
+    def quantized(x, scale):
+        return x.to(torch.int8), None, None
+
+    monkeypatch.setattr(int8_few_tokens.ops, "cutlass_scaled_mm", upstreams)
+    monkeypatch.setattr(int8_few_tokens.ops, "scaled_int8_quant", quantized)
+
+    def run(*size: int, n: int = 32) -> Tensor:
+        x = random_rows(*size, dtype=torch.float32, rng=rng)
+        weight = random_int8(n, size[-1], rng=rng).to(DEVICE).t()
+        scale = random_scales(n, 1, rng=rng).to(DEVICE)
+        return int8_few_tokens.int8_linear(x, weight, scale, None, None)
+
+    for size in ((1, 64), (MOST_TOKENS, 64), (1, MOST_TOKENS, 64)):
+        out = run(*size)
+        assert out.shape == (*size[:-1], 32)
+        assert not asked and not (out == 7).all()
+    for size in ((MOST_TOKENS + 1, 64), (0, 64), (1, 72), (1, 65552)):
+        out = run(*size)
+        assert out.shape == (size[0], 32)
+        assert asked.pop() == size
+    wide = run(2, MOST_TOKENS, 64)
+    assert wide.shape == (2, MOST_TOKENS, 32)
+    assert asked == [(2 * MOST_TOKENS, 64)]
+
+
+@pytest.mark.parametrize("k", [16, 1536, 4096, 12288, 65536])
+def test_a_block_lies_in_registers(k: int) -> None:
+    tiles = choose_tiles(4096, k)
+    assert tiles is not None
+    words = 1 << (k // 4 - 1).bit_length()
+    # Two blocks, the row and what is multiplied; a thread has 255 registers.
+    assert 2 * tiles.block_n * words <= tiles.num_warps * 32 * 128
+
+
+@pytest.mark.parametrize(
+    ("capability", "symmetric", "found"),
+    [
+        ((9, 0), True, "FewTokensInt8ScaledMMLinearKernel"),
+        ((9, 0), False, "CutlassInt8ScaledMMLinearKernel"),
+        ((8, 0), True, "CutlassInt8ScaledMMLinearKernel"),
+        ((10, 0), True, "CutlassInt8ScaledMMLinearKernel"),
+    ],
+)
+def test_is_chosen_on_hopper(
+    capability: tuple[int, int],
+    symmetric: bool,
+    found: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it was measured, for the activations that it quantizes."""
+
+    class Pretended(Platform):
+        _enum = PlatformEnum.CUDA
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(*capability)
+
+    for module in (linear, int8_few_tokens, cutlass):
+        monkeypatch.setattr(module, "current_platform", Pretended())
+    kernel = linear.init_int8_linear_kernel(True, False, symmetric, "a test")
+    assert type(kernel).__name__ == found

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pieces of the INT8 (W8A8) Triton kernels, of linear layers and of the fused MoE."""
+
+from vllm.triton_utils import tl, triton
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Wait until the kernel before has finished; let the kernel after be launched.
+
+    With programmatic dependent launch a kernel starts while the one before it ends.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _round_to_byte(x):
+    """The low byte of the result is x rounded to an integer, halves to even.
+
+    Below 2**22 the sum has a unit in the last place of one, so that adding rounds and
+    the integer appears in the low bits of the mantissa.
+    """
+    return (x + 12582912.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def quantize(x, absmax):
+    """Dynamic quantization: int32 with the quantized value in its low byte.
+
+    Args:
+        x: float32.
+        absmax: float32 that broadcasts to x, the largest magnitude.
+
+    The fused multiply-add rounds once, so that the result is x * (127 / absmax), with
+    the float32 quotient, rounded exactly.
+    """
+    inverse = tl.div_rn(127.0, absmax)
+    rounded = tl.fma(x, tl.broadcast_to(inverse, x.shape), 12582912.0)
+    return rounded.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def quantize_static(x, scale):
+    """Static quantization: int32 with the quantized value in its low byte."""
+    x = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    return _round_to_byte(tl.clamp(x, -128.0, 127.0))
+
+
+@triton.jit
+def dot4(a, b, sums, DOT4: tl.constexpr):
+    """sums + a . b, where an int32 holds four int8."""
+    if DOT4:
+        sums = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [a, b, sums],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        for i in tl.static_range(0, 4):
+            sums += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
+    return sums
+
+
+@triton.jit
+def pack4(quantized):
+    """The low bytes of int32 [..., 4] in one int32 [...]."""
+    shift = tl.arange(0, 4) * 8
+    return tl.sum((quantized & 0xFF) << shift, axis=-1)

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT8 (W8A8) linear layers for a few tokens, in Triton.
+
+With few tokens a linear layer takes as long as its weights take to arrive. A tile of
+the tensor cores is mostly padding then, and too few tiles are on their way at a time.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.model_executor.kernels.int8_triton import (
+    dot4,
+    pack4,
+    quantize,
+    quantize_static,
+    wait_for_inputs,
+)
+from vllm.model_executor.kernels.linear.scaled_mm.cutlass import (
+    CutlassInt8ScaledMMLinearKernel,
+)
+from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
+    Int8ScaledMMLinearLayerConfig,
+)
+from vllm.platforms import current_platform
+from vllm.triton_utils import tl, triton
+from vllm.utils.torch_utils import direct_register_custom_op
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.linear import LinearBase
+
+# With more tokens each reading the weights costs more than tensor cores do.
+MOST_TOKENS = 2
+# Words of four int8 that a program multiplies at a time; they lie in registers.
+_WORDS = 16384
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a layer is cut: a program takes block_n whole rows of the weight at a time,
+    and `programs` of them on a multiprocessor take turns."""
+
+    block_n: int
+    num_warps: int
+    programs: int
+
+
+@triton.jit
+def _load_rows(w_ptr, n, k, N, words):
+    mask = (n < N)[:, None] & (k < words)[None, :]
+    return tl.load(
+        w_ptr + n.to(tl.int64)[:, None] * words + k[None, :], mask=mask, other=0
+    )
+
+
+@triton.jit
+def int8_linear_kernel(
+    x_ptr,
+    x_static_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    N,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATIC: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DOT4: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x [M, K] quantized, times w [N, K], to out [M, N].
+
+    A program has one token and takes blocks of BLOCK_N rows in turn. It asks for its
+    next block while it multiplies one, and for the first before the kernel before has
+    ended: weights need nothing of it. x and w are read as whole words of four int8,
+    which BLOCK_K >= K / 4 counts.
+
+    Reads N K bytes a token, from L2 but for the first token, and 2 K bytes a program;
+    writes 2 N bytes. 2 N K operations a token.
+    """
+    token = tl.program_id(1).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    words = K // 4
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w = _load_rows(w_ptr, n, k, N, words)
+    wait_for_inputs(PDL)
+    x_offsets = token * K + k[:, None] * 4 + tl.arange(0, 4)[None, :]
+    x = tl.load(x_ptr + x_offsets, mask=(k < words)[:, None], other=0.0).to(tl.float32)
+    if STATIC:
+        x_scale = tl.load(x_static_scale_ptr)
+        xq = pack4(quantize_static(x, x_scale))
+    else:
+        absmax = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), 1e-10)
+        x_scale = tl.div_rn(absmax, 127.0)
+        xq = pack4(quantize(x, absmax))
+    xq = tl.broadcast_to(xq[None, :], (BLOCK_N, BLOCK_K))
+    zeros = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
+    step = tl.num_programs(0) * BLOCK_N
+    for _ in range(tl.program_id(0) * BLOCK_N, N, step):
+        following = _load_rows(w_ptr, n + step, k, N, words)
+        out = tl.sum(dot4(w, xq, zeros, DOT4), axis=1).to(tl.float32)
+        if PER_CHANNEL:
+            out *= tl.load(w_scale_ptr + n, mask=n < N, other=0.0)
+        else:
+            out *= tl.load(w_scale_ptr)
+        out *= x_scale
+        if HAS_BIAS:
+            out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        out = out.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token * N + n, out, mask=n < N)
+        w = following
+        n += step
+
+
+def choose_tiles(num_rows: int, num_columns: int) -> Tiles | None:
+    """For a weight [N, K], None where a row does not lie in registers or end with a
+    vector that a thread reads."""
+    words = triton.next_power_of_2(num_columns) // 4
+    if words > _WORDS or num_columns % 16:
+        return None
+    return Tiles(max(1, min(4, _WORDS // words)), 8, 2)
+
+
+def run_int8_linear(
+    tiles: Tiles,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`int8_linear` for x [M, K] and weight [N, K], both contiguous."""
+    num_tokens, num_columns = x.shape
+    num_rows = weight.shape[0]
+    out = x.new_empty(num_tokens, num_rows)
+    most = tiles.programs * _num_sms(x) // num_tokens
+    programs = min(triton.cdiv(num_rows, tiles.block_n), max(1, most))
+    has_dot4 = x.is_cuda and not torch.version.hip
+    # The kernel is launched while the one before ends.
+    pdl = has_dot4 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    int8_linear_kernel[(programs, num_tokens)](
+        x,
+        input_scale,
+        weight.view(torch.int32),
+        weight_scale,
+        bias,
+        out,
+        num_rows,
+        num_columns,
+        BLOCK_N=tiles.block_n,
+        BLOCK_K=triton.next_power_of_2(num_columns) // 4,
+        STATIC=input_scale is not None,
+        PER_CHANNEL=weight_scale.numel() != 1,
+        HAS_BIAS=bias is not None,
+        DOT4=has_dot4,
+        PDL=pdl,
+        num_warps=tiles.num_warps,
+        **options,
+    )
+    return out
+
+
+def int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Quantize x and multiply it with an INT8 weight.
+
+    Args:
+        x: [..., K], bfloat16 or float16.
+        weight: [K, N] int8, the transpose of a contiguous [N, K].
+        weight_scale: float32, per channel, N of them, or per tensor, one.
+        input_scale: float32 scalar of static activations, None for dynamic per-token
+            ones.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] like x. Integer sums are exact. With few tokens x * (127 / max(abs(x)))
+        is rounded once, halves to even; with more upstream's operators run.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    num_tokens, num_rows = rows.shape[0], weight.shape[1]
+    tiles = choose_tiles(num_rows, rows.shape[1])
+    if 0 < num_tokens <= MOST_TOKENS and tiles and weight.t().is_contiguous():
+        out = run_int8_linear(
+            tiles, rows.contiguous(), weight.t(), weight_scale, input_scale, bias
+        )
+    else:
+        xq, x_scale, _ = ops.scaled_int8_quant(rows.contiguous(), input_scale)
+        out = ops.cutlass_scaled_mm(xq, weight, x_scale, weight_scale, x.dtype, bias)
+    return out.view(*x.shape[:-1], num_rows)
+
+
+def _int8_linear_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[1])
+
+
+direct_register_custom_op("int8_linear", int8_linear, fake_impl=_int8_linear_fake)
+
+
+class FewTokensInt8ScaledMMLinearKernel(CutlassInt8ScaledMMLinearKernel):
+    """Upstream's kernel for CUDA, with another for few tokens.
+
+    On Hopper alone, where it was measured: docs/int8-linear.md.
+    """
+
+    @classmethod
+    def is_supported(
+        cls, compute_capability: int | None = None
+    ) -> tuple[bool, str | None]:
+        if not current_platform.is_cuda():
+            return False, "requires CUDA."
+        if not current_platform.is_device_capability(90):
+            return False, "was measured on Hopper alone."
+        return True, None
+
+    @classmethod
+    def can_implement(cls, c: Int8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
+        if not c.input_symmetric:
+            return False, "requires symmetric activations."
+        return True, None
+
+    def apply_weights(
+        self,
+        layer: "LinearBase",
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        weight, weight_scale, input_scale, _, _ = self._get_layer_params(layer)
+        return torch.ops.vllm.int8_linear(x, weight, weight_scale, input_scale, bias)
+
+
+def _num_sms(x: torch.Tensor) -> int:
+    if not x.is_cuda:
+        return 1
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
