@@ -122,7 +122,9 @@ def choose_tiles(num_rows: int, num_columns: int) -> Tiles | None:
     words = triton.next_power_of_2(num_columns) // 4
     if words > _WORDS or num_columns % 16:
         return None
-    return Tiles(max(1, min(4, _WORDS // words)), 8, 2)
+    if words <= 1024:
+        return Tiles(min(4096 // words, 8), 8, 4)
+    return Tiles(max(8192 // words, 1), 8, 2)
 
 
 def run_int8_linear(
