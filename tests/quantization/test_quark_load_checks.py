@@ -489,6 +489,59 @@ def test_loading_sees_it_as_well(name, write):
         load_model(write(STACKED, edit), is_checked=False)
 
 
+WRITES: dict[str, tuple[Callable[[torch.Tensor], object], int]] = {
+    "copy": (lambda weight: weight.copy_(torch.ones(4, 6)), 24),
+    "copy to rows": (lambda weight: weight[1:3].copy_(torch.ones(2, 6)), 12),
+    "copy of one number": (lambda weight: weight[0].copy_(torch.ones(())), 6),
+    "fill": (lambda weight: weight[:, 2].fill_(1), 4),
+    "zero": (lambda weight: weight.narrow(1, 2, 3).zero_(), 12),
+    "set rows": (lambda weight: weight.__setitem__(slice(2), torch.ones(2, 6)), 12),
+    "set one number": (lambda weight: weight.__setitem__((0, 1), 5.0), 1),
+    "set chosen rows": (lambda weight: weight.__setitem__([0, 3], torch.ones(6)), 12),
+    "set masked": (
+        lambda weight: weight.__setitem__(torch.eye(4, 6).bool(), torch.ones(())),
+        4,
+    ),
+    "nothing": (lambda weight: weight[:0].fill_(1), 0),
+    "another tensor": (lambda weight: torch.zeros(4, 6).copy_(weight), 0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_every_way_to_write_is_seen(write):
+    """The elements that are written are counted; they are written, and when all is
+    done tensors have their own methods again."""
+    methods = dict(torch.Tensor.__dict__)
+    module = nn.Linear(6, 4, bias=False)
+    with torch.no_grad():
+        module.weight.fill_(torch.nan)
+        change, number = WRITES[write]
+        watch = load_checks._Watch(module)
+        with watch.watching():
+            change(module.weight.data)
+    assert sum(watch.written["weight"].values()) == number
+    assert (~module.weight.isnan()).sum() == number
+    assert dict(torch.Tensor.__dict__) == methods
+
+
+def test_tensors_have_their_own_methods_after_an_error():
+    methods = dict(torch.Tensor.__dict__)
+    with pytest.raises(KeyError), load_checks._Watch(nn.Module()).watching():
+        raise KeyError
+    assert dict(torch.Tensor.__dict__) == methods
+
+
+@pytest.mark.parametrize("numel", [10, 1 << 20], ids=["small", "large"])
+def test_number_that_is_none_is_refused(numel):
+    """Large tensors, too, which are looked at while they are copied."""
+    tensor = torch.ones(numel, dtype=torch.bfloat16)
+    assert [*load_checks._looked_at([("a", tensor), ("b", tensor)])]
+    tensor[7] = torch.inf
+    with pytest.raises(CheckpointError, match=r"b.*inf at \[7\], 1 such"):
+        for _ in load_checks._looked_at([("a", tensor[8:]), ("b", tensor)]):
+            pass
+
+
 @pytest.mark.parametrize("by_expert", [False, True], ids=["tensor", "expert"])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", [STACKED, PER_EXPERT])

@@ -12,14 +12,15 @@ import math
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 from transformers import PretrainedConfig
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.fused_moe import FusedMoE
@@ -62,14 +63,9 @@ _COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cac
 # scales of the key/value cache.
 _OPTIONAL = re.compile(r"(zero_point|\.(q|k|v|prob)_scale)$")
 _LAYER = re.compile(r"\.layers\.\d+\.")
+# Beyond, handing a tensor to a thread takes less time than looking at it.
+_LARGE_BYTES = 1 << 20
 _CHECKED_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_WRITES = {
-    torch.ops.aten.copy_.default,
-    torch.ops.aten.fill_.Scalar,
-    torch.ops.aten.fill_.Tensor,
-    torch.ops.aten.zero_.default,
-    torch.ops.aten.index_put_.default,
-}
 
 
 # --- before the model is built ----------------------------------------------------
@@ -281,27 +277,26 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
     raise misfit(name, "finite numbers", found, DOWNLOAD_AGAIN)
 
 
-def _unwatched(weights: Weights) -> Generator[tuple[str, torch.Tensor], None, None]:
-    """The weights, each looked at; what reading them does is not watched, as it is two
-    thirds of all operations."""
-    iterator = iter(weights)
-    while True:
-        with _pop_mode_temporarily():
-            weight = next(iterator, None)
-            if weight is None:
-                return
-            _check_finite(*weight)
-        yield weight
+def _looked_at(weights: Weights) -> Generator[tuple[str, torch.Tensor], None, None]:
+    """The weights; large ones are looked at while they are copied."""
+    with ThreadPoolExecutor(1) as thread:
+        for name, tensor in weights:
+            if tensor.nbytes < _LARGE_BYTES:
+                _check_finite(name, tensor)
+                yield name, tensor
+            else:
+                found = thread.submit(_check_finite, name, tensor)
+                yield name, tensor
+                found.result()
 
 
-class _Watch(TorchDispatchMode):
+class _Watch:
     """Sees every write into a parameter while weights are loaded.
 
     A parameter is known by its memory: `weight_loader`s write into views of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         self.parameters = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -319,13 +314,65 @@ class _Watch(TorchDispatchMode):
         self.pending: dict[str, tuple[int, int]] = {}
         self.is_taken = False
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in _WRITES:
-            self._note(func, args)
-        return func(*args, **(kwargs or {}))
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Stand in for the methods of tensors that write.
 
-    def _note(self, func, args) -> None:
-        target = args[0]
+        A TorchDispatchMode would see more, and take longer than all else that is
+        done for an expert: loaders make several views for each write.
+        """
+        replaced = {
+            "copy_": self._copying(torch.Tensor.copy_),
+            "fill_": self._filling(torch.Tensor.fill_),
+            "zero_": self._filling(torch.Tensor.zero_),
+            "__setitem__": self._setting(torch.Tensor.__setitem__),
+        }
+        own = {name: torch.Tensor.__dict__.get(name) for name in replaced}
+        for name, method in replaced.items():
+            setattr(torch.Tensor, name, method)
+        try:
+            yield
+        finally:
+            for name, before in own.items():
+                if before is None:
+                    delattr(torch.Tensor, name)
+                else:
+                    setattr(torch.Tensor, name, before)
+
+    def _copying(self, copy: Callable) -> Callable:
+        def copy_(target, source, *args, **kwargs):
+            self._note(target, source)
+            return copy(target, source, *args, **kwargs)
+
+        return copy_
+
+    def _filling(self, fill: Callable) -> Callable:
+        def fill_(target, *args, **kwargs):
+            self._note(target)
+            return fill(target, *args, **kwargs)
+
+        return fill_
+
+    def _setting(self, set_item: Callable) -> Callable:
+        def __setitem__(tensor, index, value):
+            source = value if isinstance(value, torch.Tensor) else None
+            part = tensor[index]
+            if part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+                self._note(part, source)
+            else:  # a copy: the index names single elements
+                self._note(tensor, number=part.numel())
+            return set_item(tensor, index, value)
+
+        return __setitem__
+
+    def _note(
+        self,
+        target: torch.Tensor,
+        source: torch.Tensor | None = None,
+        number: int | None = None,
+    ) -> None:
+        """Something, or a copy of `source`, is written to all of the target, or to this
+        number of its elements."""
         if not target.numel():
             return
         address = target.data_ptr()
@@ -333,17 +380,15 @@ class _Watch(TorchDispatchMode):
         if index < 0 or address >= self.spans[index][1]:
             return
         start, _, name = self.spans[index]
-        is_copy = func is torch.ops.aten.copy_.default
-        if is_copy:
-            self._check_dtype(name, target, args[1])
+        if source is not None:
+            self._check_dtype(name, target, source)
         part = (address - start, tuple(target.shape), target.stride())
-        is_put = func is torch.ops.aten.index_put_.default
-        self.written[name][part] = args[2].numel() if is_put else target.numel()
+        self.written[name][part] = target.numel() if number is None else number
         self.is_taken = True
-        if is_copy and self.pending:
-            source = args[1].data_ptr()
+        if source is not None and self.pending:
+            read = source.data_ptr()
             for waiting, (first, last) in list(self.pending.items()):
-                if first <= source < last:
+                if first <= read < last:
                     del self.pending[waiting]
 
     def _check_dtype(
@@ -364,7 +409,7 @@ class _Watch(TorchDispatchMode):
         self, weights: Weights
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         """Pass the weights on, with [N, 1] scales as [N], and see who takes them."""
-        for name, tensor in _unwatched(weights):
+        for name, tensor in _looked_at(weights):
             if name.endswith(COMPANIONS) and tensor.ndim > 1 and tensor.shape[-1] == 1:
                 tensor = tensor.squeeze(-1)
             self.current, self.is_taken = (name, tensor), False
@@ -426,7 +471,7 @@ class _CheckedModel:
     def load_weights(self, weights: Weights) -> set[str] | None:
         watch = _Watch(self._model)
         try:
-            with watch:
+            with watch.watching():
                 loaded = self._model.load_weights(watch.watch(weights))
         except (
             AssertionError,
