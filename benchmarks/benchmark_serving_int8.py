@@ -262,11 +262,14 @@ def measure_offline(settings: Settings) -> Generator[Found, None, None]:
             for line in results(process, out):
                 if "ready" in line:
                     ready = line["ready"]
+                elif "torch_gib" in line:
+                    reserved, allocated = line["torch_gib"]
                 elif "phase" in line:
                     phases[line["phase"]] = phase(line)
                 else:
                     samples[line["name"]][build.name] = line["samples"]
         start = describe_start(build, process, ready, peak)
+        start |= {"reserved_gib": reserved, "allocated_gib": allocated}
         console.log(f"offline: {start}", highlight=False)
         yield Found([], [start], {build.name: phases} if phases else {})
     rows = [
@@ -311,7 +314,12 @@ def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
     path = settings.out / chip / "serving_int8.json"
     result = report.load(path, chip, settings.widths.layers)
     write_checkpoint(settings.model, settings.widths)
-    profiles: dict[str, Any] = {}
+    profile: dict[str, Any] = {
+        "chip": chip,
+        "date": datetime.date.today().isoformat(),
+        "layers": settings.widths.layers,
+        "builds": {},
+    }
     for part, measure_part in (
         ("serve", measure_serving),
         ("offline", measure_offline),
@@ -322,21 +330,16 @@ def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
         with closing(measure_part(settings)) as parts_found:
             for found in parts_found:
                 add(result, found)
-                profiles |= found.profiles
                 report.save(path, result)
+                if found.profiles:
+                    profile["builds"] |= found.profiles
+                    report.save(settings.profile_out / profile_name(chip), profile)
         if torch.cuda.is_available():
             check_kernels(settings.builds)
         report.plot(result, path.with_suffix(".png"))
     if result["rows"]:
         report.show(result["rows"], console)
-    if profiles:
-        profile = {
-            "chip": chip,
-            "date": datetime.date.today().isoformat(),
-            "layers": settings.widths.layers,
-            "builds": profiles,
-        }
-        report.save(settings.profile_out / profile_name(chip), profile)
+    if profile["builds"]:
         console.print(report.profile_markdown(profile), highlight=False, markup=False)
     return result
 

@@ -127,7 +127,7 @@ def measure(out: Path) -> None:
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         layers = make_layers(shape)
-        ours = partial(with_tiles, choose_tiles(shape.n, shape.k))
+        ours = partial(with_tiles, choose_tiles(1, shape.n, shape.k))
         for num_tokens in TOKENS:
             x = torch.randn(num_tokens, shape.k, device="cuda").bfloat16()
             moved = shape.n * shape.k + 2 * num_tokens * (shape.n + shape.k)

@@ -97,6 +97,7 @@ def offline(job: Job, emit: Emit) -> None:
     engine is in this process: VLLM_ENABLE_V1_MULTIPROCESSING is 0, and
     VLLM_CUSTOM_SCOPES_FOR_PROFILING 1, which names the parts of a step in the trace.
     """
+    import torch
     from vllm import LLM
     from vllm.benchmarks import latency, throughput
 
@@ -132,6 +133,10 @@ def offline(job: Job, emit: Emit) -> None:
         throughput.main(parse(throughput.add_cli_args, common + arguments + number))
         rates.append(json.loads(out.read_text())["tokens_per_second"])
     emit({"name": "throughput", "samples": rates[1:]})
+
+    # Of what the device has in use, what torch asked for, and what tensors had of that.
+    most = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+    emit({"torch_gib": [round(value / 2**30, 3) for value in most]})
 
     if job["profile"]:
         profile(engines[0], job["profile"], Path(job["out"]).with_suffix(""), emit)

@@ -22,7 +22,10 @@ KINDS = [
         r"|^quantize_pairs_kernel|^sum_topk_kernel|fused_moe_kernel|moe_align_block"
         r"|count_and_sort_expert|moe_sum|act_and_mul|swiglustep|_per_token_quant_int8",
     ),
-    ("MoE routing", r"(?i)topk_?gating|topk_?sigmoid|topk_?softmax|grouped_topk"),
+    (
+        "MoE routing",
+        r"(?i)topk_?gating|topk_?sigmoid|topk_?softmax|grouped_topk|moe_?topk|moe_?sigmoid",
+    ),
     (
         "attention",
         r"(?i)flash|reshape_and_cache|unified_attention|rotary|merge_attn|fmha"
@@ -58,6 +61,9 @@ def kind(name: str, in_head: bool) -> str:
 def summarize(trace: dict[str, Any], steps: int) -> dict[str, Any]:
     """Microseconds a step and calls, by kind and for the kernels that take most.
 
+    A kernel that begins before another has ended counts from there on: the GPU is busy
+    once. Those of programmatic dependent launch wait for the one before as they begin.
+
     Args:
         trace: as `torch.profiler` exports it: events with `cat`, `name`, `tid`, and
             `ts` and `dur` in microseconds; a kernel and the call that launched it have
@@ -66,7 +72,7 @@ def summarize(trace: dict[str, Any], steps: int) -> dict[str, Any]:
 
     Returns:
         `{"gpu_us", "kinds": {kind: {"us", "share"}}, "kernels": [{"name", "kind", "us",
-        "calls"}]}`; gpu_us is the sum of all kernels, copies and fills.
+        "calls"}]}`; gpu_us is the sum, in which the GPU runs a kernel, copies or fills.
 
     Raises:
         ValueError: the trace holds no kernel.
@@ -84,10 +90,16 @@ def summarize(trace: dict[str, Any], steps: int) -> dict[str, Any]:
         and any(t == event["tid"] and a <= event["ts"] < b for t, a, b in head)
     }
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            in_head = event["args"].get("correlation") in from_head
-            times[event["name"], kind(event["name"], in_head)].append(event["dur"])
+    on_gpu = [
+        e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
+    until = 0.0
+    for event in sorted(on_gpu, key=lambda event: event["ts"]):
+        in_head = event["args"].get("correlation") in from_head
+        end = event["ts"] + event["dur"]
+        spent = max(0.0, end - max(event["ts"], until))
+        times[event["name"], kind(event["name"], in_head)].append(spent)
+        until = max(until, end)
     if not times:
         raise ValueError("the profiler saw no kernel")
     total = sum(map(sum, times.values()))

@@ -347,14 +347,22 @@ def test_summary_of_a_trace() -> None:
             event("kernel", "w13_kernel", 105, 6, 1),  # launched before, runs meanwhile
             event("kernel", "w13_kernel", 111, 4, 1),
             event("kernel", "nvjet_x", 300, 10, 2),
+            # Begins early and waits, or runs beside a longer one.
+            event("kernel", "moeTopK<256, int>", 302, 12, 4),
+            event("kernel", "moeSigmoid", 303, 4, 5),
             event("gpu_memcpy", "Memcpy DtoH", 400, 20, 3),
         ]
     }
     found = summarize(trace, steps=2)
-    assert found["gpu_us"] == 20
+    assert found["gpu_us"] == 22
     times = {name: k["us"] for name, k in found["kinds"].items() if k["us"]}
-    assert times == {"INT8 MoE": 5, HEAD: 5, "norms and elementwise": 10}
-    assert found["kinds"][HEAD]["share"] == 0.25
+    assert times == {
+        "INT8 MoE": 5,
+        "MoE routing": 2,
+        HEAD: 5,
+        "norms and elementwise": 10,
+    }
+    assert found["kinds"][HEAD]["share"] == round(10 / 44, 4)
     assert found["kernels"][0]["name"] == "Memcpy DtoH"
     assert found["kernels"][1]["calls"] + found["kernels"][2]["calls"] == 1.5
 

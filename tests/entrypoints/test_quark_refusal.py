@@ -11,6 +11,8 @@ import pytest
 
 from tests.quantization.exports import FIXTURES, STACKED, Export
 
+# The command, whether vLLM is installed or on PYTHONPATH.
+VLLM = sys.executable, "-m", "vllm.entrypoints.cli.main"
 SCALE = "model.layers.2.moe.down_proj.weight_scale"
 
 
@@ -18,9 +20,8 @@ def serve(folder: Path) -> tuple[int, str]:
     """Exit status and output of `vllm serve`, which is to end by itself."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(FIXTURES / STACKED / name, folder)
-    vllm = Path(sys.executable).with_name("vllm")
     run = subprocess.run(
-        [vllm, "serve", folder, "--enforce-eager", "--max-model-len", "256"],
+        [*VLLM, "serve", folder, "--enforce-eager", "--max-model-len", "256"],
         env=os.environ | {"VLLM_NO_USAGE_STATS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

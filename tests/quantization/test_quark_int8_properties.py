@@ -190,7 +190,9 @@ def check_linear(case: Linear, as_rank: Callable, quark_dict: Callable) -> None:
         ]
         scale = layer.weight_scale.data.cpu().double().flatten()
         if per_tensor:
-            scale = scale.repeat_interleave(torch.tensor(layer.logical_widths))
+            scale = scale.repeat_interleave(
+                torch.tensor(layer.logical_widths, device="cpu")
+            )
         found = layer.weight.data.cpu().double() * scale[:, None]
         assert_same(found, torch.cat(wanted), f"rank {rank} of {case.tp_size}")
 

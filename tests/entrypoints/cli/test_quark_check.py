@@ -352,6 +352,8 @@ def test_nobody_reads_on(more):
 def test_as_a_command_of_vllm():
     """Upstream's command line knows it."""
     vllm = Path(sysconfig.get_path("scripts")) / "vllm"
+    if not vllm.exists():
+        pytest.skip(f"needs vLLM installed by pip: no {vllm}")
     said = called(str(vllm), "quark-check", str(BASE), "--json")
     assert said.returncode == 1, said.stderr[-2000:]
     report = said.stdout[said.stdout.index("{") :]

@@ -15,7 +15,6 @@ from torch import Tensor
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear.scaled_mm import cutlass, int8_few_tokens
 from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
-    MOST_TOKENS,
     Tiles,
     choose_tiles,
     run_int8_linear,
@@ -81,7 +80,7 @@ def test_equals_products_of_whole_numbers(
     tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     for (n, k), num_tokens, tiles in itertools.product(
         ((1, 16), (7, 48), (33, 272)),
-        (1, MOST_TOKENS, 3),
+        (1, 2, 5),
         (Tiles(1, 4, 1), Tiles(4, 4, 1024), Tiles(2, 8, 2)),
     ):
         x = random_rows(num_tokens, k, dtype=dtype, rng=rng)
@@ -136,22 +135,33 @@ def test_operator_takes_it_for_few_tokens_alone(
         scale = random_scales(n, 1, rng=rng).to(DEVICE)
         return int8_few_tokens.int8_linear(x, weight, scale, None, None)
 
-    for size in ((1, 64), (MOST_TOKENS, 64), (1, MOST_TOKENS, 64)):
+    for size in ((1, 64), (4, 64), (1, 4, 64)):
         out = run(*size)
         assert out.shape == (*size[:-1], 32)
         assert not asked and not (out == 7).all()
-    for size in ((MOST_TOKENS + 1, 64), (0, 64), (1, 72), (1, 65552)):
+    for size in ((5, 64), (0, 64), (1, 72), (1, 65552)):
         out = run(*size)
         assert out.shape == (size[0], 32)
         assert asked.pop() == size
-    wide = run(2, MOST_TOKENS, 64)
-    assert wide.shape == (2, MOST_TOKENS, 32)
-    assert asked == [(2 * MOST_TOKENS, 64)]
+    wide = run(2, 4, 64)
+    assert wide.shape == (2, 4, 32)
+    assert asked == [(8, 64)]
+
+
+def test_large_weights_are_read_for_fewer_tokens() -> None:
+    chosen = {
+        (n, num_tokens)
+        for n in (4096, 4112)
+        for num_tokens in range(7)
+        if choose_tiles(num_tokens, n, 4096)
+    }
+    small = {(4096, num_tokens) for num_tokens in (1, 2, 3, 4)}
+    assert chosen == small | {(4112, 1), (4112, 2)}
 
 
 @pytest.mark.parametrize("k", [16, 1536, 4096, 12288, 65536])
 def test_a_block_lies_in_registers(k: int) -> None:
-    tiles = choose_tiles(4096, k)
+    tiles = choose_tiles(1, 4096, k)
     assert tiles is not None
     words = 1 << (k // 4 - 1).bit_length()
     # Two blocks, the row and what is multiplied; a thread has 255 registers.

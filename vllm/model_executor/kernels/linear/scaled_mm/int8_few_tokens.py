@@ -30,8 +30,10 @@ from vllm.utils.torch_utils import direct_register_custom_op
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase
 
-# With more tokens each reading the weights costs more than tensor cores do.
-MOST_TOKENS = 2
+# With more tokens each reading the weights costs more than tensor cores do: a weight
+# that is large, and any other.
+MOST_TOKENS = 2, 4
+_LARGE_BYTES = 16 << 20
 # Words of four int8 that a program multiplies at a time; they lie in registers.
 _WORDS = 16384
 
@@ -116,9 +118,12 @@ def int8_linear_kernel(
         n += step
 
 
-def choose_tiles(num_rows: int, num_columns: int) -> Tiles | None:
-    """For a weight [N, K], None where a row does not lie in registers or end with a
-    vector that a thread reads."""
+def choose_tiles(num_tokens: int, num_rows: int, num_columns: int) -> Tiles | None:
+    """For x [M, K] and a weight [N, K]; None where there are too many tokens, or a row
+    does not lie in registers or end with a vector that a thread reads."""
+    is_large = num_rows * num_columns > _LARGE_BYTES
+    if not 0 < num_tokens <= MOST_TOKENS[0 if is_large else 1]:
+        return None
     words = triton.next_power_of_2(num_columns) // 4
     if words > _WORDS or num_columns % 16:
         return None
@@ -189,9 +194,9 @@ def int8_linear(
         is rounded once, halves to even; with more upstream's operators run.
     """
     rows = x.reshape(-1, x.shape[-1])
-    num_tokens, num_rows = rows.shape[0], weight.shape[1]
-    tiles = choose_tiles(num_rows, rows.shape[1])
-    if 0 < num_tokens <= MOST_TOKENS and tiles and weight.t().is_contiguous():
+    num_rows = weight.shape[1]
+    tiles = choose_tiles(rows.shape[0], num_rows, rows.shape[1])
+    if tiles and weight.t().is_contiguous():
         out = run_int8_linear(
             tiles, rows.contiguous(), weight.t(), weight_scale, input_scale, bias
         )

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the INT8 MoE kernels for a GPU that need not be here, and describe them.
+"""Compile the INT8 kernels for a GPU that need not be here, and describe them.
 
-    CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 python compile_int8_moe.py sm_90
+    CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 python compile_int8.py sm_90
 
-Runs the layer on tensors without memory, at Step-3.5-Flash's shape, whole and cut to an
-eighth of the width, and numbers of tokens that reach every choice of tiles, and
-compiles each launch. Prints a JSON list.
+Runs the fused MoE on tensors without memory, at Step-3.5-Flash's shape, whole and cut
+to an eighth of the width, and numbers of tokens that reach every choice of tiles; then
+linear layers of few tokens, with each choice of tiles; and compiles each launch. Prints
+a JSON list.
 """
 
 import itertools
@@ -21,6 +22,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
 from vllm.model_executor.layers.fused_moe import int8_moe
 from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
     Architecture,
@@ -37,6 +39,7 @@ TARGETS: dict[str, tuple[GPUTarget, Architecture]] = {
 EXPERTS, HIDDEN, TOPK = 36, 4096, 8
 WIDTHS = (1280, 160)
 TOKENS = (1, 16, 64, 256, 1024, 4096)
+LINEAR = ((1792, 1536), (5120, 2048), (14336, 4096), (4096, 8192), (4096, 12288))
 TYPES = {
     torch.int8: "*i8",
     torch.int32: "*i32",
@@ -46,7 +49,14 @@ TYPES = {
 INSTRUCTIONS = r"wgmma\.mma_async\S+|mma\.sync\S+|v_mfma_\w+|dp4a\S+|v_dot4\w+"
 
 
-def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
+Launch = tuple[Any, tuple, dict]
+
+
+def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def moe_launches(architecture: Architecture) -> list[Launch]:
     found = []
 
     def record(kernel: Any, grid: Any, pdl: bool, *args: Any, **options: Any) -> None:
@@ -55,10 +65,6 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
         found.append((kernel, args, options | {"PDL": pdl}))
 
     int8_moe._launch = record
-
-    def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
         pairs = num_tokens * TOPK
         few = choose_few_config(architecture, num_tokens, TOPK, EXPERTS, width, HIDDEN)
@@ -76,6 +82,34 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
             empty(EXPERTS, HIDDEN, 1),
             None,
             None,
+            None,
+            None,
+        )
+    return found
+
+
+def linear_launches(architecture: Architecture) -> list[Launch]:
+    found = []
+    kernel = int8_few_tokens.int8_linear_kernel
+
+    class Recorder:
+        def __getitem__(self, grid: Any) -> Any:
+            def record(*args: Any, **options: Any) -> None:
+                if architecture == "hopper":
+                    options |= {"PDL": True, "launch_pdl": True}
+                found.append((kernel, args, options))
+
+            return record
+
+    int8_few_tokens.int8_linear_kernel = Recorder()
+    for n, k in LINEAR:
+        tiles = int8_few_tokens.choose_tiles(1, n, k)
+        assert tiles
+        int8_few_tokens.run_int8_linear(
+            tiles,
+            empty(1, k, dtype=torch.bfloat16),
+            empty(n, k, dtype=torch.int8),
+            empty(n, 1),
             None,
             None,
         )
@@ -128,7 +162,8 @@ def spills(compiled: Any) -> int:
 def main() -> None:
     target, architecture = TARGETS[sys.argv[1]]
     report = {}
-    for kernel, args, options in launches(architecture):
+    launches = moe_launches(architecture) + linear_launches(architecture)
+    for kernel, args, options in launches:
         name = f"{kernel.fn.__name__} {options}"
         if name in report:
             continue
