@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from vllm import platforms
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.quantization.quark import load_checks
 from vllm.model_executor.layers.quantization.quark.checkpoint import CheckpointError
@@ -14,6 +15,7 @@ from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 
+from tests.platforms import pretended
 from tests.quantization.exports import PER_EXPERT, STACKED, Export, load_model
 from tests.quantization.utils import poison
 
@@ -531,9 +533,11 @@ def test_tensors_have_their_own_methods_after_an_error():
     assert dict(torch.Tensor.__dict__) == methods
 
 
+@pytest.mark.parametrize("here", [platforms.current_platform, pretended.cuda(9, 0)])
 @pytest.mark.parametrize("numel", [10, 1 << 20], ids=["small", "large"])
-def test_number_that_is_none_is_refused(numel):
-    """Large tensors, too, which are looked at while they are copied."""
+def test_number_that_is_none_is_refused(numel, here, monkeypatch):
+    """Large tensors, too, which are looked at while they are copied to a GPU."""
+    monkeypatch.setattr(load_checks, "current_platform", here)
     tensor = torch.ones(numel, dtype=torch.bfloat16)
     assert [*load_checks._looked_at([("a", tensor), ("b", tensor)])]
     tensor[7] = torch.inf

@@ -19,8 +19,8 @@ from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
     choose_tiles,
     run_int8_linear,
 )
-from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
+from tests.platforms import pretended
 from tests.quantization.utils import random_int8, random_scales
 
 GPU = torch.cuda.is_available()
@@ -184,15 +184,8 @@ def test_is_chosen_on_hopper(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where it was measured, for the activations that it quantizes."""
-
-    class Pretended(Platform):
-        _enum = PlatformEnum.CUDA
-
-        @classmethod
-        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
-            return DeviceCapability(*capability)
-
+    here = pretended.cuda(*capability)
     for module in (linear, int8_few_tokens, cutlass):
-        monkeypatch.setattr(module, "current_platform", Pretended())
+        monkeypatch.setattr(module, "current_platform", here)
     kernel = linear.init_int8_linear_kernel(True, False, symmetric, "a test")
     assert type(kernel).__name__ == found

@@ -51,6 +51,7 @@ from vllm.model_executor.layers.quantization.quark.rules import (
     has_int8,
 )
 from vllm.model_executor.models.utils import is_pp_missing_parameter
+from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -265,7 +266,7 @@ def _checkpoint_names(model: nn.Module) -> Iterable[str]:
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in _CHECKED_FLOATS or not tensor.numel():
+    if not tensor.numel():
         return
     # One pass: NaN is both the least and the greatest of numbers that hold it.
     least, greatest = tensor.aminmax()
@@ -278,10 +279,12 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 def _looked_at(weights: Weights) -> Generator[tuple[str, torch.Tensor], None, None]:
-    """The weights; large ones are looked at while they are copied."""
+    """The weights, of which large ones are looked at while they are copied to a GPU."""
     with ThreadPoolExecutor(1) as thread:
         for name, tensor in weights:
-            if tensor.nbytes < _LARGE_BYTES:
+            if tensor.dtype not in _CHECKED_FLOATS:
+                yield name, tensor
+            elif tensor.nbytes < _LARGE_BYTES or current_platform.is_cpu():
                 _check_finite(name, tensor)
                 yield name, tensor
             else:

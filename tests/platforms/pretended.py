@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Platforms that are not here, for code that only asks which one it is."""
+
+from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+
+
+def cuda(major: int, minor: int) -> Platform:
+    """A CUDA GPU of this compute capability."""
+
+    class Pretended(Platform):
+        _enum = PlatformEnum.CUDA
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(major, minor)
+
+    return Pretended()
