@@ -8,10 +8,13 @@ each with the engine's own loader, a process a load: with the fork, and with a b
 that lacks the checks of checkpoints, in turns. The files are in the page cache.
 
 RESULTS gets `{"device", "date", "rows": [{"layout", "build", "checkpoint_mib",
-"shard_mib", "baseline_mib", "peak_mib", "seconds", "cpu_seconds", "runs"}]}`: medians;
-shard_mib is of the largest shard; baseline_mib is VmHWM when all is imported and the
-process groups are there; peak_mib is VmHWM when the model is loaded. Exits 1 where the
-peak is above baseline + checkpoint + one shard, or the checks cost 3 % or more.
+"shard_mib", "baseline_mib", "peak_mib", "seconds", "cpu_seconds", "runs"}],
+"us_a_tensor": {build: number}}`: medians; shard_mib is of the largest shard;
+baseline_mib is VmHWM when all is imported and the process groups are there; peak_mib is
+VmHWM when the model is loaded. us_a_tensor is what loading takes for each tensor of an
+expert where there is next to nothing to copy, which shows once a GPU copies fast. Exits
+1 where the peak is above baseline + checkpoint + one shard, or the checks cost 3 % or
+more.
 """
 
 import datetime
@@ -36,10 +39,23 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build/load"
-RUNS = 5
+RUNS = 9
 SHARD_BYTES = 400 << 20
 CHECKS = "vllm/model_executor/layers/quantization/quark/load_checks.py"
 MAX_COST = 0.03
+# As many experts as Step-3.5-Flash has, of next to no size; the first layer is dense.
+SMALL: dict[str, int] = dict(
+    layers=5,
+    hidden=64,
+    vocab=512,
+    dense_width=64,
+    experts=288,
+    expert_width=32,
+    heads=4,
+    sliding_heads=8,
+    kv_heads=2,
+    head_dim=16,
+)
 
 # Sizes of a Step-3.5-Flash layer, but for the number of experts.
 HIDDEN, EXPERTS, WIDTH, VOCAB = 4096, 28, 1280, 4096
@@ -174,14 +190,46 @@ def peak_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
+def engine_config(folder: Path) -> Any:
+    from vllm.config import LoadConfig, ModelConfig, VllmConfig
+
+    return VllmConfig(
+        model_config=ModelConfig(
+            model=str(folder), skip_tokenizer_init=True, dtype="bfloat16"
+        ),
+        load_config=LoadConfig(use_tqdm_on_load=False),
+    )
+
+
+def load_small(folder: Path) -> dict[str, float]:
+    """Load the small export in this process, again and again."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    from tests.process_groups import start_process_groups
+
+    vllm_config = engine_config(folder)
+    loader = get_model_loader(vllm_config.load_config)
+    times = []
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        set_current_vllm_config(vllm_config),
+    ):
+        start_process_groups(Path(scratch) / "store")
+        model = initialize_model(vllm_config)
+        for _ in range(RUNS):
+            started = time.perf_counter()
+            loader.load_weights(model, vllm_config.model_config)
+            times.append(time.perf_counter() - started)
+    # Weight and scale of three projections.
+    tensors = (SMALL["layers"] - 1) * SMALL["experts"] * 3 * 2
+    return {"us_a_tensor": statistics.median(times) / tensors * 1e6}
+
+
 def load(folder: Path) -> dict[str, float]:
     """Load the export in this process, as the engine's worker does."""
-    from vllm.config import (
-        LoadConfig,
-        ModelConfig,
-        VllmConfig,
-        set_current_vllm_config,
-    )
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
     from tests.process_groups import start_process_groups
@@ -195,12 +243,7 @@ def load(folder: Path) -> dict[str, float]:
         start_process_groups(Path(scratch) / "store")
         baseline = peak_mib()
         started, cpu_started = time.perf_counter(), time.process_time()
-        vllm_config = VllmConfig(
-            model_config=ModelConfig(
-                model=str(folder), skip_tokenizer_init=True, dtype="bfloat16"
-            ),
-            load_config=LoadConfig(use_tqdm_on_load=False),
-        )
+        vllm_config = engine_config(folder)
         with set_current_vllm_config(vllm_config):
             loader = get_model_loader(vllm_config.load_config)
             model = loader.load_model(vllm_config, vllm_config.model_config)
@@ -215,13 +258,15 @@ def load(folder: Path) -> dict[str, float]:
     }
 
 
-def load_with(folder: Path, package: Path | None) -> dict[str, float]:
-    """`load` in a process of its own, with the build in the folder `package`."""
+def load_with(
+    folder: Path, package: Path | None, what: str = "--load"
+) -> dict[str, float]:
+    """`load`, or `load_small`, in a process of its own, with the build in `package`."""
     env = dict(os.environ, CUDA_VISIBLE_DEVICES="", VLLM_LOGGING_LEVEL="ERROR")
     if package:
         env["PYTHONPATH"] = str(package)
     done = subprocess.run(
-        [sys.executable, __file__, "--load", folder],
+        [sys.executable, __file__, what, folder],
         env=env,
         capture_output=True,
         text=True,
@@ -245,9 +290,10 @@ def medians(folder: Path, builds: dict[str, Path | None]) -> list[dict[str, Any]
     """A row a build of loads in turns, after one that fills the page cache."""
     load_with(folder, None)
     runs: dict[str, list[dict[str, float]]] = {build: [] for build in builds}
-    for _ in range(RUNS):
-        for build, package in builds.items():
-            runs[build].append(load_with(folder, package))
+    for number in range(RUNS):
+        # Who comes second meets what the first one left.
+        for build in list(builds)[:: -1 if number % 2 else 1]:
+            runs[build].append(load_with(folder, builds[build]))
     sizes = [file.stat().st_size / 2**20 for file in folder.glob("*.safetensors")]
     head = {
         "layout": folder.name,
@@ -293,6 +339,10 @@ def main() -> None:
     if sys.argv[1:2] == ["--load"]:
         print(json.dumps(load(Path(sys.argv[2]))))
         return
+    if sys.argv[1:2] == ["--load-small"]:
+        print(json.dumps(load_small(Path(sys.argv[2]))))
+        return
+    from benchmarks.serving.checkpoint import Widths, write_checkpoint
     from examples.compare_builds import device_name
     from tools.mutants import install_without
 
@@ -302,10 +352,18 @@ def main() -> None:
         write_export(WORK / layout, stacked=layout == "3key")
         rows += medians(WORK / layout, builds)
         show(rows)
+    write_checkpoint(WORK / "small", Widths(**SMALL))
+    small: dict[str, list[float]] = {build: [] for build in builds}
+    for _ in range(RUNS):
+        for build, package in builds.items():
+            found = load_with(WORK / "small", package, "--load-small")
+            small[build].append(found["us_a_tensor"])
+    us = {build: round(statistics.median(each), 1) for build, each in small.items()}
+    print("microseconds for each tensor of an expert:", us)
     if sys.argv[1:]:
         date = datetime.date.today().isoformat()
         head = {"device": device_name(), "date": date}
-        text = json.dumps({**head, "rows": rows}, indent=1)
+        text = json.dumps({**head, "rows": rows, "us_a_tensor": us}, indent=1)
         Path(sys.argv[1]).write_text(text + "\n")
     if problems := judge(rows):
         sys.exit("error: " + "; ".join(problems))
