@@ -45,6 +45,20 @@ def build_metadata() -> bytes:
         return metadata(base, wheel.version)
 
 
+def left_out(numbers: Collection[str]) -> list[str]:
+    """What a version says of patches that were left out: without0001to0003 and
+    without0005, not each by itself, as a file's name has 255 bytes."""
+    found: list[list[str]] = []
+    for number in sorted(numbers):
+        if found and int(number) == int(found[-1][-1]) + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return [
+        f"without{run[0]}" + (f"to{run[-1]}" if len(run) > 1 else "") for run in found
+    ]
+
+
 def build_wheel(dist_folder: Path, without: Collection[str] = ()) -> Path:
     """Write the fork's wheel to `dist_folder` and return its path. Raises ForkError.
 
@@ -57,7 +71,7 @@ def build_wheel(dist_folder: Path, without: Collection[str] = ()) -> Path:
     wheel = base_wheel()
     base_path = fetch(wheel, location())
     patches = read_series(wheel.release.series, without)
-    version = ".".join([wheel.version, *(f"without{n}" for n in sorted(without))])
+    version = ".".join([wheel.version, *left_out(without)])
     path = repack(base_path, patches, version, dist_folder)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     seconds = time.monotonic() - started

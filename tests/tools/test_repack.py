@@ -13,6 +13,7 @@ import pytest
 from wheel.wheelfile import WheelFile
 
 from tests.tools.conftest import make_base
+from tools.build import left_out
 from tools.errors import ForkError
 from tools.repack import repack
 from tools.series import read_series
@@ -215,6 +216,19 @@ def test_earlier_wheel_survives_a_failed_build(
         repack(base, read_series(series), VERSION, wheel.parent)
     assert wheel.read_bytes() == before
     assert leftovers(wheel.parent) == [wheel]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([], []),
+        (["0002"], ["without0002"]),
+        (["0010", "0009"], ["without0009to0010"]),
+        (["0001", "0005", "0002", "0003"], ["without0001to0003", "without0005"]),
+    ],
+)
+def test_version_says_what_was_left_out(numbers: list[str], expected: list[str]):
+    assert left_out(numbers) == expected
 
 
 BUILD_IN_A_CHILD = """

@@ -76,8 +76,11 @@ def expected(
 def test_equals_products_of_whole_numbers(
     dtype: torch.dtype, static: bool, per_tensor: bool, bias: bool, rng: torch.Generator
 ) -> None:
-    """Rows of odd numbers, whole and cut blocks, one block each and several in turn."""
-    tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    """Rows of odd numbers, whole and cut blocks, one block each and several in turn.
+
+    Nothing differs but the rounding of the output and of float32 scales.
+    """
+    rtol = max(torch.finfo(dtype).eps, 1e-6)
     for (n, k), num_tokens, tiles in itertools.product(
         ((1, 16), (7, 48), (33, 272)),
         (1, 2, 5),
@@ -94,7 +97,7 @@ def test_equals_products_of_whole_numbers(
         assert out.dtype == dtype and out.shape == (num_tokens, n)
         largest = reference.abs().max().item()
         torch.testing.assert_close(
-            out.double(), reference, rtol=tolerance, atol=tolerance * largest
+            out.double(), reference, rtol=rtol, atol=1e-6 * largest
         )
 
 
