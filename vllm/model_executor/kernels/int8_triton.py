@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pieces of the INT8 (W8A8) Triton kernels, of linear layers and of the fused MoE."""
 
+import torch
 from vllm.triton_utils import tl, triton
 
 
@@ -71,3 +72,23 @@ def pack4(quantized):
     """The low bytes of int32 [..., 4] in one int32 [...]."""
     shift = tl.arange(0, 4) * 8
     return tl.sum((quantized & 0xFF) << shift, axis=-1)
+
+
+@triton.jit
+def quantize_token(x, static_scale_ptr, STATIC: tl.constexpr):
+    """A token x [BLOCK_K, 4] float32 as words [BLOCK_K] of four int8, and its scale."""
+    if STATIC:
+        scale = tl.load(static_scale_ptr)
+        words = pack4(quantize_static(x, scale))
+    else:
+        absmax = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), 1e-10)
+        scale = tl.div_rn(absmax, 127.0)
+        words = pack4(quantize(x, absmax))
+    return words, scale
+
+
+def num_sms(x: torch.Tensor) -> int:
+    """Multiprocessors of the GPU that holds x; 1 elsewhere."""
+    if not x.is_cuda:
+        return 1
+    return torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -4,6 +4,7 @@
 from typing import Any
 
 import torch
+from vllm.model_executor.kernels.int8_triton import num_sms
 from vllm.model_executor.layers.fused_moe import int8_moe_kernels as kernels
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
@@ -244,7 +245,7 @@ def run_int8_experts(
         h = x.new_empty((num_tokens * topk, width))
         programs = triton.cdiv(width, config.w13_block_n)
         if config.w13_programs:
-            most = config.w13_programs * _num_sms(x) // (num_tokens * topk)
+            most = config.w13_programs * num_sms(x) // (num_tokens * topk)
             programs = min(programs, max(1, most))
         _launch(
             kernels.w13_few_kernel,
@@ -273,7 +274,7 @@ def run_int8_experts(
         )
         programs = triton.cdiv(hidden_size, config.w2_block_n)
         if config.w2_programs:
-            most = config.w2_programs * _num_sms(x) // num_tokens
+            most = config.w2_programs * num_sms(x) // num_tokens
             programs = min(programs, max(1, most))
         _launch(
             kernels.w2_few_kernel,
@@ -592,12 +593,6 @@ def _paired_boxes(w13: torch.Tensor, product: Product) -> Any:
     shape = [num_experts * rows - n, 2, k]
     block = [product.block_w // 2, 2, product.block_k]
     return TensorDescriptor(w13, shape, [k, n * k, 1], block)
-
-
-def _num_sms(x: torch.Tensor) -> int:
-    if not x.is_cuda:
-        return 1
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def _int8_fused_experts_fake(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:

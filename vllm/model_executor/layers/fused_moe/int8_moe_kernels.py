@@ -20,6 +20,7 @@ from vllm.model_executor.kernels.int8_triton import (
     pack4,
     quantize,
     quantize_static,
+    quantize_token,
     wait_for_inputs,
 )
 from vllm.triton_utils import tl, triton
@@ -814,13 +815,7 @@ def w13_few_kernel(
     token = pair // topk
     x_offsets = token.to(tl.int64) * K + k[:, None] * 4 + tl.arange(0, 4)[None, :]
     x = tl.load(x_ptr + x_offsets, mask=(k < words)[:, None], other=0.0).to(tl.float32)
-    if STATIC_X:
-        x_scale = tl.load(x_static_scale_ptr)
-        xq = pack4(quantize_static(x, x_scale))
-    else:
-        absmax = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), 1e-10)
-        x_scale = tl.div_rn(absmax, 127.0)
-        xq = pack4(quantize(x, absmax))
+    xq, x_scale = quantize_token(x, x_static_scale_ptr, STATIC_X)
     xq = tl.broadcast_to(xq[None, :], (BLOCK_N, BLOCK_K))
     zeros = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     if WEIGH:

@@ -12,9 +12,8 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.kernels.int8_triton import (
     dot4,
-    pack4,
-    quantize,
-    quantize_static,
+    num_sms,
+    quantize_token,
     wait_for_inputs,
 )
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import (
@@ -92,13 +91,7 @@ def int8_linear_kernel(
     wait_for_inputs(PDL)
     x_offsets = token * K + k[:, None] * 4 + tl.arange(0, 4)[None, :]
     x = tl.load(x_ptr + x_offsets, mask=(k < words)[:, None], other=0.0).to(tl.float32)
-    if STATIC:
-        x_scale = tl.load(x_static_scale_ptr)
-        xq = pack4(quantize_static(x, x_scale))
-    else:
-        absmax = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), 1e-10)
-        x_scale = tl.div_rn(absmax, 127.0)
-        xq = pack4(quantize(x, absmax))
+    xq, x_scale = quantize_token(x, x_static_scale_ptr, STATIC)
     xq = tl.broadcast_to(xq[None, :], (BLOCK_N, BLOCK_K))
     zeros = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     step = tl.num_programs(0) * BLOCK_N
@@ -144,7 +137,7 @@ def run_int8_linear(
     num_tokens, num_columns = x.shape
     num_rows = weight.shape[0]
     out = x.new_empty(num_tokens, num_rows)
-    most = tiles.programs * _num_sms(x) // num_tokens
+    most = tiles.programs * num_sms(x) // num_tokens
     programs = min(triton.cdiv(num_rows, tiles.block_n), max(1, most))
     has_dot4 = x.is_cuda and not torch.version.hip
     # The kernel is launched while the one before ends.
@@ -249,9 +242,3 @@ class FewTokensInt8ScaledMMLinearKernel(CutlassInt8ScaledMMLinearKernel):
     ) -> torch.Tensor:
         weight, weight_scale, input_scale, _, _ = self._get_layer_params(layer)
         return torch.ops.vllm.int8_linear(x, weight, weight_scale, input_scale, bias)
-
-
-def _num_sms(x: torch.Tensor) -> int:
-    if not x.is_cuda:
-        return 1
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
