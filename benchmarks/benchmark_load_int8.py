@@ -286,14 +286,22 @@ def patch_of_checks() -> str:
     return patch.name.partition("-")[0]
 
 
-def medians(folder: Path, builds: dict[str, Path | None]) -> list[dict[str, Any]]:
-    """A row a build of loads in turns, after one that fills the page cache."""
-    load_with(folder, None)
+def load_in_turns(
+    folder: Path, builds: dict[str, Path | None], what: str = "--load"
+) -> dict[str, list[dict[str, float]]]:
+    """What `load_with` says of each build."""
     runs: dict[str, list[dict[str, float]]] = {build: [] for build in builds}
     for number in range(RUNS):
         # Who comes second meets what the first one left.
         for build in list(builds)[:: -1 if number % 2 else 1]:
-            runs[build].append(load_with(folder, builds[build]))
+            runs[build].append(load_with(folder, builds[build], what))
+    return runs
+
+
+def medians(folder: Path, builds: dict[str, Path | None]) -> list[dict[str, Any]]:
+    """A row a build of loads in turns, after one that fills the page cache."""
+    load_with(folder, None)
+    runs = load_in_turns(folder, builds)
     sizes = [file.stat().st_size / 2**20 for file in folder.glob("*.safetensors")]
     head = {
         "layout": folder.name,
@@ -353,12 +361,11 @@ def main() -> None:
         rows += medians(WORK / layout, builds)
         show(rows)
     write_checkpoint(WORK / "small", Widths(**SMALL))
-    small: dict[str, list[float]] = {build: [] for build in builds}
-    for _ in range(RUNS):
-        for build, package in builds.items():
-            found = load_with(WORK / "small", package, "--load-small")
-            small[build].append(found["us_a_tensor"])
-    us = {build: round(statistics.median(each), 1) for build, each in small.items()}
+    small = load_in_turns(WORK / "small", builds, "--load-small")
+    us = {
+        build: round(statistics.median(run["us_a_tensor"] for run in runs), 1)
+        for build, runs in small.items()
+    }
     print("microseconds for each tensor of an expert:", us)
     if sys.argv[1:]:
         date = datetime.date.today().isoformat()

@@ -21,7 +21,6 @@ import asyncio
 import datetime
 import importlib.metadata
 import itertools
-import json
 import os
 import random
 import re
@@ -39,6 +38,7 @@ import aiohttp
 import psutil
 import torch
 
+from benchmarks.serving import report
 from benchmarks.stress_requests import (
     MODEL,
     WEIGHTS,
@@ -424,14 +424,6 @@ def gpu_memory(server: Server) -> tuple[Callable[[], int] | None, str | None, st
     return lambda: of_processes() or 0, "processes of the server", chip
 
 
-def write(results: Path, result: dict[str, Any]) -> None:
-    """In one step, so that a reader never sees half of it."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    part = results.with_name(f".{results.name}.{os.getpid()}")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(results)
-
-
 def show(result: dict[str, Any]) -> None:
     print(f"{'kind':10} {'sent':>9} {'as expected':>12} {'p50 s':>8} {'p99 s':>8}")
     for kind, tally in result["kinds"].items():
@@ -546,7 +538,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
         def progress() -> None:
             result.update(figures(run))
-            write(results, result)
+            report.save(results, result)
 
         print(f"{chip}: {results}, log: {log}", flush=True)
         died = []
@@ -558,7 +550,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         finally:
             progress()
     result |= {"failures": died + failures(result, args.max_growth), "finished": True}
-    write(results, result)
+    report.save(results, result)
     return result
 
 

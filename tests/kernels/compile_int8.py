@@ -49,22 +49,22 @@ TYPES = {
 INSTRUCTIONS = r"wgmma\.mma_async\S+|mma\.sync\S+|v_mfma_\w+|dp4a\S+|v_dot4\w+"
 
 
-Launch = tuple[Any, tuple, dict]
-
-
 def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
-def moe_launches(architecture: Architecture) -> list[Launch]:
+def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
     found = []
 
     def record(kernel: Any, grid: Any, pdl: bool, *args: Any, **options: Any) -> None:
+        # Which asks the GPU; tensors without memory are on none.
+        if kernel is int8_few_tokens.int8_linear_kernel:
+            pdl = architecture == "hopper"
         if pdl:
             options["launch_pdl"] = True
         found.append((kernel, args, options | {"PDL": pdl}))
 
-    int8_moe._launch = record
+    int8_moe.launch = int8_few_tokens.launch = record
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
         pairs = num_tokens * TOPK
         few = choose_few_config(architecture, num_tokens, TOPK, EXPERTS, width, HIDDEN)
@@ -85,23 +85,6 @@ def moe_launches(architecture: Architecture) -> list[Launch]:
             None,
             None,
         )
-    return found
-
-
-def linear_launches(architecture: Architecture) -> list[Launch]:
-    found = []
-    kernel = int8_few_tokens.int8_linear_kernel
-
-    class Recorder:
-        def __getitem__(self, grid: Any) -> Any:
-            def record(*args: Any, **options: Any) -> None:
-                if architecture == "hopper":
-                    options |= {"PDL": True, "launch_pdl": True}
-                found.append((kernel, args, options))
-
-            return record
-
-    int8_few_tokens.int8_linear_kernel = Recorder()
     for n, k in LINEAR:
         tiles = int8_few_tokens.choose_tiles(1, n, k)
         assert tiles
@@ -162,8 +145,7 @@ def spills(compiled: Any) -> int:
 def main() -> None:
     target, architecture = TARGETS[sys.argv[1]]
     report = {}
-    launches = moe_launches(architecture) + linear_launches(architecture)
-    for kernel, args, options in launches:
+    for kernel, args, options in launches(architecture):
         name = f"{kernel.fn.__name__} {options}"
         if name in report:
             continue

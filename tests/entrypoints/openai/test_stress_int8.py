@@ -16,6 +16,7 @@ from aiohttp import web
 from vllm.platforms import current_platform
 
 from benchmarks import stress_serving_int8
+from benchmarks.serving.report import save
 from benchmarks.stress_requests import (
     CHAT,
     COMPLETIONS,
@@ -36,7 +37,6 @@ from benchmarks.stress_serving_int8 import (
     measure,
     parse_args,
     stress,
-    write,
 )
 from tests.fixtures import addition
 from tests.server import ServerError, serve
@@ -319,8 +319,8 @@ def test_only_sums_that_are_clear_are_asked(one_thread, monkeypatch):
 
 def test_results_are_written_in_one_step(tmp_path):
     results = tmp_path / "new" / "results.json"
-    write(results, {"finished": False})
-    write(results, {"finished": True})
+    save(results, {"finished": False})
+    save(results, {"finished": True})
     assert json.loads(results.read_text()) == {"finished": True}
     assert [path.name for path in results.parent.iterdir()] == ["results.json"]
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pieces of the INT8 (W8A8) Triton kernels, of linear layers and of the fused MoE."""
 
+from typing import Any
+
 import torch
 from vllm.triton_utils import tl, triton
 
@@ -92,3 +94,17 @@ def num_sms(x: torch.Tensor) -> int:
     if not x.is_cuda:
         return 1
     return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def has_dot4(x: torch.Tensor) -> bool:
+    """Whether kernels on x may multiply four int8 with dp4a: DOT4 of `dot4`."""
+    return x.is_cuda and not torch.version.hip
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], pdl: bool, *args: Any, **options: Any
+) -> None:
+    """Launch a kernel; with pdl while the one before ends, which its PDL is told."""
+    if pdl:
+        options["launch_pdl"] = True
+    kernel[grid](*args, PDL=pdl, **options)

@@ -4,7 +4,7 @@
 from typing import Any
 
 import torch
-from vllm.model_executor.kernels.int8_triton import num_sms
+from vllm.model_executor.kernels.int8_triton import has_dot4, launch, num_sms
 from vllm.model_executor.layers.fused_moe import int8_moe_kernels as kernels
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
@@ -239,15 +239,13 @@ def run_int8_experts(
     out = torch.empty_like(x)
 
     if isinstance(config, FewConfig):
-        few: dict[str, Any] = dict(
-            HAS_EXPERT_MAP=has_map, DOT4=x.is_cuda and not torch.version.hip
-        )
+        few: dict[str, Any] = dict(HAS_EXPERT_MAP=has_map, DOT4=has_dot4(x))
         h = x.new_empty((num_tokens * topk, width))
         programs = triton.cdiv(width, config.w13_block_n)
         if config.w13_programs:
             most = config.w13_programs * num_sms(x) // (num_tokens * topk)
             programs = min(programs, max(1, most))
-        _launch(
+        launch(
             kernels.w13_few_kernel,
             (programs, num_tokens * topk),
             config.pdl,
@@ -276,7 +274,7 @@ def run_int8_experts(
         if config.w2_programs:
             most = config.w2_programs * num_sms(x) // num_tokens
             programs = min(programs, max(1, most))
-        _launch(
+        launch(
             kernels.w2_few_kernel,
             (programs, num_tokens),
             config.pdl,
@@ -341,7 +339,7 @@ def run_int8_experts(
     hq, h_scale = _empty_quantized(rows, width, x)
     block_k = triton.next_power_of_2(width)
     rows_a_program = max(1, 8192 // block_k)
-    _launch(
+    launch(
         kernels.quantize_pairs_kernel,
         (triton.cdiv(rows, rows_a_program),),
         pdl,
@@ -374,7 +372,7 @@ def run_int8_experts(
         width,
     )
     if p.blocks:
-        _launch(
+        launch(
             kernels.w2_narrow_kernel,
             (max_tiles * triton.cdiv(hidden_size, p.block_w * p.blocks),),
             pdl,
@@ -405,7 +403,7 @@ def run_int8_experts(
             **second,
         )
     block_k = min(triton.next_power_of_2(hidden_size), 1024)
-    _launch(
+    launch(
         kernels.sum_topk_kernel,
         (num_tokens, triton.cdiv(hidden_size, block_k)),
         pdl,
@@ -460,7 +458,7 @@ def prepare(
     has_aligners = num_pairs <= _MOST_PAIRS
     routing = (topk_ids, expert_map)
     has_map = expert_map is not None
-    _launch(
+    launch(
         kernels.prepare_kernel,
         (programs + (num_experts if has_aligners else 0),),
         config.pdl,
@@ -491,7 +489,7 @@ def prepare(
     num_parts = triton.cdiv(num_pairs, _PART)
     counts, before, totals = empty(num_parts, bins), empty(num_parts, bins), empty(bins)
     common: dict[str, Any] = dict(HAS_EXPERT_MAP=has_map, PART=_PART, BINS=bins)
-    _launch(
+    launch(
         kernels.count_kernel,
         (num_parts,),
         config.pdl,
@@ -503,7 +501,7 @@ def prepare(
         num_warps=4,
         **common,
     )
-    _launch(
+    launch(
         kernels.scan_kernel,
         (bins // 16,),
         config.pdl,
@@ -516,7 +514,7 @@ def prepare(
         BLOCK=16,
         num_warps=4,
     )
-    _launch(
+    launch(
         kernels.align_kernel,
         (num_parts,),
         config.pdl,
@@ -551,7 +549,7 @@ def _launch_product(
     *args: Any,
     **constants: Any,
 ) -> None:
-    _launch(
+    launch(
         kernel,
         (programs,),
         pdl,
@@ -563,14 +561,6 @@ def _launch_product(
         num_stages=product.num_stages,
         **constants,
     )
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, ...], pdl: bool, *args: Any, **options: Any
-) -> None:
-    if pdl:
-        options["launch_pdl"] = True
-    kernel[grid](*args, PDL=pdl, **options)
 
 
 def _boxes(matrix: torch.Tensor, block_rows: int, block_k: int) -> Any:

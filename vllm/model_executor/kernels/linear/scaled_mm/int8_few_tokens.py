@@ -12,6 +12,8 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.kernels.int8_triton import (
     dot4,
+    has_dot4,
+    launch,
     num_sms,
     quantize_token,
     wait_for_inputs,
@@ -139,11 +141,11 @@ def run_int8_linear(
     out = x.new_empty(num_tokens, num_rows)
     most = tiles.programs * num_sms(x) // num_tokens
     programs = min(triton.cdiv(num_rows, tiles.block_n), max(1, most))
-    has_dot4 = x.is_cuda and not torch.version.hip
-    # The kernel is launched while the one before ends.
-    pdl = has_dot4 and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    int8_linear_kernel[(programs, num_tokens)](
+    is_nvidia = has_dot4(x)
+    launch(
+        int8_linear_kernel,
+        (programs, num_tokens),
+        is_nvidia and torch.cuda.get_device_capability(x.device) >= (9, 0),
         x,
         input_scale,
         weight.view(torch.int32),
@@ -157,10 +159,8 @@ def run_int8_linear(
         STATIC=input_scale is not None,
         PER_CHANNEL=weight_scale.numel() != 1,
         HAS_BIAS=bias is not None,
-        DOT4=has_dot4,
-        PDL=pdl,
+        DOT4=is_nvidia,
         num_warps=tiles.num_warps,
-        **options,
     )
     return out
 
@@ -199,13 +199,7 @@ def int8_linear(
     return out.view(*x.shape[:-1], num_rows)
 
 
-def _int8_linear_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+def _int8_linear_fake(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
