@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router's product and choice in Triton, against float64.
+
+On a GPU if there is one, else in Triton's interpreter.
+"""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe.router import triton_router
+from vllm.model_executor.layers.fused_moe.router.triton_router import (
+    Tiles,
+    choose_tiles,
+    router_logits,
+    run_product,
+    topk_sigmoid,
+)
+from vllm.model_executor.models.step3p5 import FP32ReplicatedLinear
+
+from tests.platforms import pretended
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+interpreted = pytest.mark.skipif(
+    not GPU and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU, or TRITON_INTERPRET=1 in the environment",
+)
+
+
+def assert_product(found: Tensor, x: Tensor, weight: Tensor) -> None:
+    """As near to the exact product as float32 that is added up in some order."""
+    exact = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    assert found.dtype == torch.float32 and found.shape == exact.shape
+    assert ((found.double() - exact).abs() <= size * 2**-21).all()
+
+
+@interpreted
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 33])
+@pytest.mark.parametrize(("experts", "hidden"), [(6, 64), (36, 80), (1, 16)])
+def test_product_is_exact_to_float32(
+    num_tokens: int, experts: int, hidden: int, rng: torch.Generator
+) -> None:
+    x = torch.randn(num_tokens, hidden, generator=rng).bfloat16().to(DEVICE)
+    weight = torch.randn(experts, hidden, generator=rng).to(DEVICE)
+    assert_product(router_logits(x, weight), x, weight)
+    for tiles in (None, Tiles(16, 16, 32, 4, 2), Tiles(32, 16, 64, 4, 3)):
+        assert_product(run_product(tiles, x, weight), x, weight)
+
+
+@interpreted
+def test_all_of_a_weights_bits_count(rng: torch.Generator) -> None:
+    """A weight that differs in its last bit gives another product."""
+    x = torch.eye(16).bfloat16().to(DEVICE)
+    weight = torch.randn(16, 16, generator=rng).to(DEVICE)
+    for tiles in (None, Tiles(16, 16, 16, 4, 1)):
+        assert torch.equal(run_product(tiles, x, weight), weight.T)
+
+
+def in_float64(
+    logits: Tensor, top_k: int, renormalize: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weights and ids, one token at a time. Ties go to the lower id."""
+    weights, ids = [], []
+    for row in logits.double().cpu():
+        scores = 1 / (1 + (-row).exp())
+        biased = scores if bias is None else scores + bias.double().cpu()
+        best = sorted(range(len(row)), key=lambda e: (-biased[e].item(), e))[:top_k]
+        chosen = scores[best]
+        weights.append(chosen / chosen.sum() if renormalize else chosen)
+        ids.append(best)
+    return torch.stack(weights), torch.tensor(ids)
+
+
+def choose(
+    logits: Tensor, top_k: int, renormalize: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = logits.shape[0], top_k
+    weights = torch.full(size, torch.nan, device=DEVICE)
+    ids, rows = (
+        torch.full(size, -1, dtype=torch.int32, device=DEVICE) for _ in range(2)
+    )
+    topk_sigmoid(weights, ids, rows, logits, renormalize, bias)
+    return weights.cpu(), ids.cpu(), rows.cpu()
+
+
+@interpreted
+@pytest.mark.parametrize("renormalize", [False, True], ids=["scores", "renormalized"])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(
+    ("num_tokens", "experts", "top_k"), [(5, 288, 8), (3, 36, 5), (1, 7, 7), (0, 6, 2)]
+)
+def test_choice_matches_float64(
+    num_tokens: int,
+    experts: int,
+    top_k: int,
+    has_bias: bool,
+    renormalize: bool,
+    rng: torch.Generator,
+) -> None:
+    logits = torch.randn(num_tokens, experts, generator=rng).to(DEVICE)
+    bias = torch.randn(experts, generator=rng).to(DEVICE) if has_bias else None
+    weights, ids, rows = choose(logits, top_k, renormalize, bias)
+    if num_tokens == 0:
+        return
+    wanted_weights, wanted_ids = in_float64(logits, top_k, renormalize, bias)
+    assert torch.equal(ids.long(), wanted_ids)
+    torch.testing.assert_close(weights.double(), wanted_weights, rtol=1e-6, atol=1e-7)
+    token, choice = torch.arange(num_tokens)[:, None], torch.arange(top_k)[None, :]
+    assert torch.equal(rows.long(), choice * num_tokens + token)
+
+
+@interpreted
+def test_equal_scores_go_to_the_lower_expert() -> None:
+    logits = torch.zeros(2, 36, device=DEVICE)
+    logits[1, 20:] = 1
+    weights, ids, _ = choose(logits, 3, True, None)
+    assert ids.tolist() == [[0, 1, 2], [20, 21, 22]]
+    torch.testing.assert_close(weights, torch.full((2, 3), 1 / 3))
+
+
+@interpreted
+def test_scores_of_zero_stay_zero() -> None:
+    weights, ids, _ = choose(torch.full((1, 6), -200.0, device=DEVICE), 2, True, None)
+    assert weights.tolist() == [[0, 0]] and ids.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
+def test_serves_hopper_where_upstream_is_slow(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_router, "current_platform", pretended.cuda(*capability))
+    hopper = capability == (9, 0)
+
+    def logits(experts: int) -> Tensor:
+        return torch.empty(1, experts, device="meta")
+
+    served = {
+        e for e in (36, 256, 288, 384, 1040) if triton_router.serves_choice(logits(e))
+    }
+    assert served == ({36, 288} if hopper else set())
+    weight = logits(4)
+    assert triton_router.serves_product(weight.bfloat16(), weight) == hopper
+    assert not triton_router.serves_product(weight, weight)
+    assert not triton_router.serves_product(weight.bfloat16(), weight.bfloat16())
+
+
+def test_tiles_are_chosen_for_every_number_of_tokens() -> None:
+    sizes = [choose_tiles(m).block_m for m in (5, 128, 129, 1024, 1025, 16384)]
+    assert sizes == sorted(sizes)
+
+
+def test_gate_of_step_3p5_asks_it(monkeypatch: pytest.MonkeyPatch, vllm_config) -> None:
+    """Patch 0022: the router's product, wherever it serves."""
+    gate = FP32ReplicatedLinear(
+        16, 6, bias=False, params_dtype=torch.float32, prefix="gate"
+    )
+    torch.nn.init.normal_(gate.weight)
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    expected, _ = gate(x)
+    assert_product(expected, x, gate.weight.data)
+    asked = []
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        asked.append((x.dtype, weight.dtype))
+        return x.float() @ weight.T + 1
+
+    monkeypatch.setattr(triton_router, "serves_product", lambda *_: True)
+    monkeypatch.setattr(torch.ops.vllm, "router_logits", product)
+    found, bias = gate(x)
+    assert asked == [(torch.bfloat16, torch.float32)] and bias is None
+    torch.testing.assert_close(found, expected + 1)
+
+
+def test_upstreams_operator_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patch 0023: the choice, wherever it serves, each argument in its place."""
+    asked = []
+    monkeypatch.setattr(triton_router, "serves_choice", lambda *_: True)
+    monkeypatch.setattr(ops, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(
+        torch.ops.vllm, "topk_sigmoid", lambda *arguments: asked.append(arguments)
+    )
+    arguments = ("weights", "ids", "rows", "logits", True, "bias")
+    ops.topk_sigmoid(*arguments)
+    assert asked == [arguments]

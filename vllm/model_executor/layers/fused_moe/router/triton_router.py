@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router of an MoE layer in Triton: its product in float32, and its choice.
+
+Upstream computes a float32 product without tensor cores, and chooses among a number of
+experts that is no power of two with a kernel that looks at all of them for each choice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from vllm.model_executor.kernels.int8_triton import wait_for_inputs
+from vllm.platforms import current_platform
+from vllm.triton_utils import tl, triton
+from vllm.utils.torch_utils import direct_register_custom_op
+
+# Numbers of experts that are no power of two, but known to upstream's fast kernel.
+_KNOWN_TO_UPSTREAM = (192, 320, 384, 448, 576)
+_MOST_EXPERTS = 1024
+# Up to here a program multiplies one token with whole rows of the weight.
+_FEW_TOKENS = 4
+_MOST_FEW_COLUMNS = 8192
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the product of many tokens is cut."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def router_few_kernel(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    E,
+    K,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x [M, K] times w [E, K] float32, to out [M, E] float32; a program has one token.
+
+    Reads 4 E K bytes a token, of which the first alone come from memory. The weight is
+    on its way before the kernel before has ended.
+    """
+    token = tl.program_id(1).to(tl.int64)
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    k = tl.arange(0, BLOCK_K)
+    mask = (e < E)[:, None] & (k < K)[None, :]
+    w = tl.load(w_ptr + e[:, None] * K + k[None, :], mask=mask, other=0.0)
+    wait_for_inputs(PDL)
+    x = tl.load(x_ptr + token * K + k, mask=k < K, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * E + e, tl.sum(w * x[None, :], axis=1), mask=e < E)
+
+
+@triton.jit(do_not_specialize=["M"])
+def router_kernel(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    M,
+    E,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`router_few_kernel` for x bfloat16 and many tokens, on tensor cores.
+
+    A float32 has 24 bits: it is the sum of three bfloat16 of 8 bits each. Their
+    products with x are exact in float32, so that nothing is lost but in adding up. 6 M
+    E K operations; reads K (2 M E / BLOCK_E + 4 E M / BLOCK_M) bytes, mostly from L2.
+    OPERAND is bfloat16, but float32 in the interpreter, which does not multiply it.
+    """
+    num_e = tl.cdiv(E, BLOCK_E)
+    m = tl.program_id(0) // num_e * BLOCK_M + tl.arange(0, BLOCK_M)
+    e = tl.program_id(0) % num_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K + k[None, :]
+    w_ptrs = w_ptr + tl.minimum(e, E - 1)[:, None] * K + k[None, :]
+    large = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    small = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    wait_for_inputs(PDL)
+    for k0 in range(0, K, BLOCK_K):
+        in_k = (k < K - k0)[None, :]
+        x = tl.load(x_ptrs, mask=in_k, other=0.0).to(OPERAND)
+        w = tl.load(w_ptrs, mask=in_k, other=0.0)
+        high = w.to(tl.bfloat16)
+        w -= high.to(tl.float32)
+        middle = w.to(tl.bfloat16)
+        low = (w - middle.to(tl.float32)).to(tl.bfloat16)
+        large = tl.dot(x, high.to(OPERAND).T, large)
+        small = tl.dot(x, middle.to(OPERAND).T, small)
+        small = tl.dot(x, low.to(OPERAND).T, small)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    out_ptrs = out_ptr + m.to(tl.int64)[:, None] * E + e[None, :]
+    tl.store(out_ptrs, large + small, mask=(m < M)[:, None] & (e < E)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def topk_sigmoid_kernel(
+    topk_weights_ptr,
+    topk_ids_ptr,
+    token_expert_indices_ptr,
+    gating_output_ptr,
+    bias_ptr,
+    num_tokens,
+    E,
+    topk,
+    TOPK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """What upstream's operator of this name does, a token a program.
+
+    TOPK >= topk and BLOCK_E >= E. Moves 4 E + 12 topk bytes a token.
+    """
+    token = tl.program_id(0)
+    e = tl.arange(0, BLOCK_E)
+    j = tl.arange(0, TOPK)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    logits = tl.load(
+        gating_output_ptr + token.to(tl.int64) * E + e, mask=e < E, other=0.0
+    ).to(tl.float32)
+    scores = 1.0 / (1.0 + tl.exp(-logits))
+    choice = scores
+    if HAS_BIAS:
+        choice += bias
+    choice = tl.where(e < E, choice, float("-inf"))
+    weights = tl.zeros((TOPK,), tl.float32)
+    ids = tl.zeros((TOPK,), tl.int32)
+    for i in range(0, topk):
+        best = tl.argmax(choice, axis=0, tie_break_left=True)
+        chosen = e == best
+        weight = tl.sum(tl.where(chosen, scores, 0.0), axis=0)
+        weights = tl.where(j == i, weight, weights)
+        ids = tl.where(j == i, best, ids)
+        choice = tl.where(chosen, float("-inf"), choice)
+    if RENORMALIZE:
+        # Scores that have all underflowed to zero stay zero.
+        weights /= tl.maximum(tl.sum(weights, axis=0), 1.1754943508222875e-38)
+    out = token.to(tl.int64) * topk + j
+    tl.store(topk_weights_ptr + out, weights, mask=j < topk)
+    tl.store(topk_ids_ptr + out, ids, mask=j < topk)
+    tl.store(token_expert_indices_ptr + out, j * num_tokens + token, mask=j < topk)
+
+
+def _is_hopper() -> bool:
+    return current_platform.is_cuda() and current_platform.is_device_capability(90)
+
+
+def serves_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `router_logits` computes x [M, K] times weight [E, K]: on Hopper, where
+    it was measured."""
+    return _is_hopper() and x.dtype == torch.bfloat16 and weight.dtype == torch.float32
+
+
+def serves_choice(gating_output: torch.Tensor) -> bool:
+    """Whether `topk_sigmoid` chooses of gating_output [M, E]: on Hopper, where it was
+    measured, among numbers of experts for which upstream has no kernel of one pass."""
+    num_experts = gating_output.shape[1]
+    return (
+        _is_hopper()
+        and num_experts & (num_experts - 1) != 0
+        and num_experts not in _KNOWN_TO_UPSTREAM
+        and num_experts <= _MOST_EXPERTS
+    )
+
+
+def choose_tiles(num_tokens: int) -> Tiles:
+    if num_tokens <= 128:
+        return Tiles(16, 16, 256, 4, 4)
+    if num_tokens <= 1024:
+        return Tiles(32, 32, 128, 4, 4)
+    return Tiles(128, 64, 64, 4, 3)
+
+
+def _pdl(x: torch.Tensor) -> dict[str, bool]:
+    """Launch a kernel while the one before ends."""
+    return {"PDL": True, "launch_pdl": True} if x.is_cuda else {"PDL": False}
+
+
+def run_product(
+    tiles: Tiles | None, x: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """`router_logits` with these tiles, or a token a program."""
+    num_tokens, hidden_size = x.shape
+    num_experts = weight.shape[0]
+    out = x.new_empty((num_tokens, num_experts), dtype=torch.float32)
+    if tiles is None:
+        router_few_kernel[(triton.cdiv(num_experts, 2), num_tokens)](
+            x,
+            weight,
+            out,
+            num_experts,
+            hidden_size,
+            BLOCK_E=2,
+            BLOCK_K=triton.next_power_of_2(hidden_size),
+            num_warps=4,
+            **_pdl(x),
+        )
+        return out
+    blocks = triton.cdiv(num_tokens, tiles.block_m)
+    router_kernel[(blocks * triton.cdiv(num_experts, tiles.block_n),)](
+        x,
+        weight,
+        out,
+        num_tokens,
+        num_experts,
+        hidden_size,
+        BLOCK_M=tiles.block_m,
+        BLOCK_E=tiles.block_n,
+        BLOCK_K=tiles.block_k,
+        OPERAND=tl.bfloat16 if x.is_cuda else tl.float32,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        **_pdl(x),
+    )
+    return out
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The router's logits, as exact as a float32 product.
+
+    Args:
+        x: [M, K] bfloat16.
+        weight: [E, K] float32, contiguous.
+
+    Returns:
+        [M, E] float32.
+    """
+    num_tokens, hidden_size = x.shape
+    if num_tokens == 0:
+        return x.new_empty((0, weight.shape[0]), dtype=torch.float32)
+    few = num_tokens <= _FEW_TOKENS and hidden_size <= _MOST_FEW_COLUMNS
+    tiles = None if few else choose_tiles(num_tokens)
+    return run_product(tiles, x.contiguous(), weight)
+
+
+def topk_sigmoid(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    token_expert_indices: torch.Tensor,
+    gating_output: torch.Tensor,
+    renormalize: bool = False,
+    e_score_correction_bias: torch.Tensor | None = None,
+) -> None:
+    """Route each token to the experts with the highest sigmoid scores.
+
+    The bias only moves the choice: weights are the scores without it, divided by their
+    sum if `renormalize`. Of equal scores the lower id wins; experts come in descending
+    order.
+
+    Args:
+        topk_weights: [M, topk] float32, written.
+        topk_ids: [M, topk] integer, written.
+        token_expert_indices: [M, topk] int32, written: i * M + token for choice i.
+        gating_output: [M, E], float: the router's logits.
+        e_score_correction_bias: [E], float.
+    """
+    num_tokens, num_experts = gating_output.shape
+    topk = topk_ids.shape[1]
+    if num_tokens == 0:
+        return
+    topk_sigmoid_kernel[(num_tokens,)](
+        topk_weights,
+        topk_ids,
+        token_expert_indices,
+        gating_output.contiguous(),
+        e_score_correction_bias,
+        num_tokens,
+        num_experts,
+        topk,
+        TOPK=triton.next_power_of_2(topk),
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        HAS_BIAS=e_score_correction_bias is not None,
+        RENORMALIZE=renormalize,
+        num_warps=1,
+        **_pdl(gating_output),
+    )
+
+
+def _router_logits_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+def _topk_sigmoid_fake(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    token_expert_indices: torch.Tensor,
+    gating_output: torch.Tensor,
+    renormalize: bool = False,
+    e_score_correction_bias: torch.Tensor | None = None,
+) -> None:
+    pass
+
+
+direct_register_custom_op("router_logits", router_logits, fake_impl=_router_logits_fake)
+direct_register_custom_op(
+    "topk_sigmoid",
+    topk_sigmoid,
+    mutates_args=["topk_weights", "topk_ids", "token_expert_indices"],
+    fake_impl=_topk_sigmoid_fake,
+)
