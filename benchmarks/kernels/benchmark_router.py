@@ -15,13 +15,20 @@ import argparse
 import datetime
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe.router import triton_router
+from vllm.model_executor.layers.fused_moe.router.triton_router import (
+    FewTiles,
+    Tiles,
+    run_product,
+)
 
 from benchmarks.kernels.benchmark_int8_moe import time_us
 
@@ -51,49 +58,52 @@ def make_weights() -> list[Tensor]:
     return [torch.randn(EXPERTS, HIDDEN, device="cuda") for _ in range(LAYERS)]
 
 
-def sweep() -> None:
-    from vllm.model_executor.layers.fused_moe.router.triton_router import (
-        Tiles,
-        run_product,
-    )
+def candidates(num_tokens: int) -> Iterator[FewTiles | Tiles]:
+    """Tiles that are neither mostly padding nor far too many or too few programs."""
+    if num_tokens <= 64:
+        for m, e, warps in itertools.product((1, 2, 4, 8), (1, 2, 4), (4, 8)):
+            if m <= num_tokens and m * 64 >= num_tokens:
+                yield FewTiles(m, e, warps)
+    many = num_tokens > 512
+    for m, e, k, warps, stages in itertools.product(
+        (16, 32, 64, 128, 256),
+        (16, 32, 64, 128),
+        (32, 64, 128, 256),
+        (4, 8) if many else (4,),
+        (3, 4) if many else (4,),
+    ):
+        programs = -(-num_tokens // m) * -(-EXPERTS // e)
+        # Sums of one step and of all take twice so many registers.
+        elements = m * e // warps
+        fits = stages * k * (2 * m + 4 * e) <= 220 << 10
+        fits &= 1024 * many <= elements <= 2048
+        if fits and m <= max(num_tokens, 16) and 16 <= programs <= 1024:
+            yield Tiles(m, e, k, warps, stages)
 
+
+def sweep(tokens: list[int]) -> None:
     weights = make_weights()
-    for num_tokens in TOKENS:
+    for num_tokens in tokens:
         x = torch.randn(num_tokens, HIDDEN, device="cuda").bfloat16()
         us = time_products(upstreams_product, x, weights)
-        found: list[tuple[float, Tiles | None]] = []
-        if num_tokens <= 16:
-            few = partial(run_product, None)
-            found.append((time_products(few, x, weights), None))
-        for m, n, k, warps, stages in itertools.product(
-            (16, 32, 64, 128), (16, 32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4)
-        ):
-            blocks = -(-num_tokens // m) * -(-EXPERTS // n)
-            # Neither mostly padding, nor far too many or too few programs.
-            if m > 2 * max(num_tokens, 16) or not 4 <= blocks <= 4096:
-                continue
-            if stages * k * (2 * m + 4 * n) > 220 << 10 or m * n * 2 > warps * 4096:
-                continue
-            tiles = Tiles(m, n, k, warps, stages)
-            found.append(
-                (time_products(partial(run_product, tiles), x, weights), tiles)
-            )
+        tried = list(candidates(num_tokens))
+        found = [
+            (time_products(partial(run_product, tiles), x, weights), tiles)
+            for tiles in tried
+        ]
         found.sort(key=lambda one: one[0])
-        print(f"{num_tokens}: upstream {us:.1f} us", flush=True)
-        for time, tiles in found[:5]:
-            print(f"    {time:6.1f} us {us / time:5.2f}  {tiles}", flush=True)
+        print(f"{num_tokens}: upstream {us:.1f} us, {len(tried)} tried", flush=True)
+        for time, best in found[:5]:
+            print(f"    {time:6.1f} us {us / time:5.2f}  {best}", flush=True)
 
 
-def measure(out: Path) -> None:
-    from vllm import _custom_ops as ops
-    from vllm.model_executor.layers.fused_moe.router import triton_router
-
+def measure(out: Path, tokens: list[int]) -> None:
     upstreams_choice = torch.ops._moe_C.topk_sigmoid
     assert ops is not None  # which loads upstream's operators
     chip = torch.cuda.get_device_name().replace(" ", "_")
     weights, bias = make_weights(), torch.randn(EXPERTS, device="cuda")
     rows: list[dict[str, Any]] = []
-    for num_tokens in TOKENS:
+    for num_tokens in tokens:
         x = torch.randn(num_tokens, HIDDEN, device="cuda").bfloat16()
         logits = torch.randn(num_tokens, EXPERTS, device="cuda")
         row = {
@@ -149,8 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--sweep", action="store_true", help="try tiles")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="N")
     args = parser.parse_args()
-    sweep() if args.sweep else measure(args.out)
+    sweep(args.tokens) if args.sweep else measure(args.out, args.tokens)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.router import triton_router
 from vllm.model_executor.layers.fused_moe.router.triton_router import (
+    FewTiles,
     Tiles,
     choose_tiles,
     router_logits,
@@ -23,6 +24,7 @@ from vllm.model_executor.models.step3p5 import FP32ReplicatedLinear
 
 from tests.platforms import pretended
 
+TILES = Tiles(16, 16, 32, 4, 2), Tiles(32, 64, 64, 4, 3)
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 interpreted = pytest.mark.skipif(
@@ -48,7 +50,7 @@ def test_product_is_exact_to_float32(
     x = torch.randn(num_tokens, hidden, generator=rng).bfloat16().to(DEVICE)
     weight = torch.randn(experts, hidden, generator=rng).to(DEVICE)
     assert_product(router_logits(x, weight), x, weight)
-    for tiles in (None, Tiles(16, 16, 32, 4, 2), Tiles(32, 16, 64, 4, 3)):
+    for tiles in (FewTiles(1, 2, 4), FewTiles(4, 1, 4), *TILES):
         assert_product(run_product(tiles, x, weight), x, weight)
 
 
@@ -57,8 +59,19 @@ def test_all_of_a_weights_bits_count(rng: torch.Generator) -> None:
     """A weight that differs in its last bit gives another product."""
     x = torch.eye(16).bfloat16().to(DEVICE)
     weight = torch.randn(16, 16, generator=rng).to(DEVICE)
-    for tiles in (None, Tiles(16, 16, 16, 4, 1)):
+    for tiles in (FewTiles(1, 2, 4), *TILES):
         assert torch.equal(run_product(tiles, x, weight), weight.T)
+
+
+@interpreted
+def test_sums_of_one_sign_are_as_good_as_float32s(rng: torch.Generator) -> None:
+    """Where sums grow, a bit lost in each step would show."""
+    x = torch.rand(40, 4096, generator=rng).bfloat16().to(DEVICE)
+    weight = torch.rand(20, 4096, generator=rng).to(DEVICE)
+    exact = x.double() @ weight.double().T
+    for tiles in (FewTiles(1, 2, 4), *TILES):
+        found = run_product(tiles, x, weight)
+        assert ((found - exact).abs() <= exact * 2**-20).all()
 
 
 def in_float64(
@@ -150,8 +163,10 @@ def test_serves_hopper_where_upstream_is_slow(
 
 
 def test_tiles_are_chosen_for_every_number_of_tokens() -> None:
-    sizes = [choose_tiles(m).block_m for m in (5, 128, 129, 1024, 1025, 16384)]
+    sizes = [choose_tiles(m, 4096).block_m for m in (1, 4, 5, 128, 1024, 1025, 16384)]
     assert sizes == sorted(sizes)
+    # A row that does not fit into a program's registers.
+    assert isinstance(choose_tiles(1, 16384), Tiles)
 
 
 def test_gate_of_step_3p5_asks_it(monkeypatch: pytest.MonkeyPatch, vllm_config) -> None:
@@ -160,14 +175,16 @@ def test_gate_of_step_3p5_asks_it(monkeypatch: pytest.MonkeyPatch, vllm_config) 
         16, 6, bias=False, params_dtype=torch.float32, prefix="gate"
     )
     torch.nn.init.normal_(gate.weight)
-    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    weight = gate.weight.data.clone().to(DEVICE)
+    gate.quant_method.process_weights_after_loading(gate.to(DEVICE))
+    x = torch.randn(3, 16, dtype=torch.bfloat16, device=DEVICE)
     expected, _ = gate(x)
-    assert_product(expected, x, gate.weight.data)
+    assert_product(expected, x, weight)
     asked = []
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
         asked.append((x.dtype, weight.dtype))
-        return x.float() @ weight.T + 1
+        return expected + 1
 
     monkeypatch.setattr(triton_router, "serves_product", lambda *_: True)
     monkeypatch.setattr(torch.ops.vllm, "router_logits", product)

@@ -8,7 +8,7 @@ experts that is no power of two with a kernel that looks at all of them for each
 from dataclasses import dataclass
 
 import torch
-from vllm.model_executor.kernels.int8_triton import wait_for_inputs
+from vllm.model_executor.kernels.int8_triton import launch, wait_for_inputs
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -16,46 +16,59 @@ from vllm.utils.torch_utils import direct_register_custom_op
 # Numbers of experts that are no power of two, but known to upstream's fast kernel.
 _KNOWN_TO_UPSTREAM = (192, 320, 384, 448, 576)
 _MOST_EXPERTS = 1024
-# Up to here a program multiplies one token with whole rows of the weight.
-_FEW_TOKENS = 4
+# A row of the weight that fits into a program's registers.
 _MOST_FEW_COLUMNS = 8192
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """How the product of many tokens is cut."""
+class FewTiles:
+    """How the product of few tokens is cut: whole rows, of the weight and of tokens."""
 
     block_m: int
-    block_n: int
+    block_e: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the product of many tokens is cut, for tensor cores."""
+
+    block_m: int
+    block_e: int
     block_k: int
     num_warps: int
     num_stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def router_few_kernel(
     x_ptr,
     w_ptr,
     out_ptr,
+    M,
     E,
     K,
+    BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x [M, K] times w [E, K] float32, to out [M, E] float32; a program has one token.
+    """x [M, K] times w [E, K] float32, to out [M, E] float32; BLOCK_K >= K.
 
-    Reads 4 E K bytes a token, of which the first alone come from memory. The weight is
-    on its way before the kernel before has ended.
+    Reads K (4 E M / BLOCK_M + 2 M E / BLOCK_E) bytes, of which 4 E K from memory. The
+    weight is on its way before the kernel before has ended.
     """
-    token = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(1) * BLOCK_M
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
     mask = (e < E)[:, None] & (k < K)[None, :]
     w = tl.load(w_ptr + e[:, None] * K + k[None, :], mask=mask, other=0.0)
     wait_for_inputs(PDL)
-    x = tl.load(x_ptr + token * K + k, mask=k < K, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * E + e, tl.sum(w * x[None, :], axis=1), mask=e < E)
+    for i in tl.static_range(BLOCK_M):
+        token = (m + i).to(tl.int64)
+        x = tl.load(x_ptr + token * K + k, mask=(k < K) & (m + i < M), other=0.0)
+        sums = tl.sum(w * x.to(tl.float32)[None, :], axis=1)
+        tl.store(out_ptr + token * E + e, sums, mask=(e < E) & (m + i < M))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -74,9 +87,11 @@ def router_kernel(
 ):
     """`router_few_kernel` for x bfloat16 and many tokens, on tensor cores.
 
-    A float32 has 24 bits: it is the sum of three bfloat16 of 8 bits each. Their
-    products with x are exact in float32, so that nothing is lost but in adding up. 6 M
-    E K operations; reads K (2 M E / BLOCK_E + 4 E M / BLOCK_M) bytes, mostly from L2.
+    A float32 has 24 bits: it is the sum of three bfloat16 of 8 bits each, whose
+    products with x are exact in float32. Tensor cores cut bits off when they add up:
+    they do so for one step of K alone, smallest parts first; steps are added as any
+    float32. 6 M E K operations; reads K (2 M E / BLOCK_E + 4 E M / BLOCK_M) bytes,
+    mostly from L2. The weight is the operand that may stay in registers.
     OPERAND is bfloat16, but float32 in the interpreter, which does not multiply it.
     """
     num_e = tl.cdiv(E, BLOCK_E)
@@ -85,24 +100,23 @@ def router_kernel(
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K + k[None, :]
     w_ptrs = w_ptr + tl.minimum(e, E - 1)[:, None] * K + k[None, :]
-    large = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    small = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    sums = tl.zeros((BLOCK_E, BLOCK_M), tl.float32)
     wait_for_inputs(PDL)
     for k0 in range(0, K, BLOCK_K):
         in_k = (k < K - k0)[None, :]
-        x = tl.load(x_ptrs, mask=in_k, other=0.0).to(OPERAND)
+        x = tl.load(x_ptrs, mask=in_k, other=0.0).to(OPERAND).T
         w = tl.load(w_ptrs, mask=in_k, other=0.0)
         high = w.to(tl.bfloat16)
         w -= high.to(tl.float32)
         middle = w.to(tl.bfloat16)
         low = (w - middle.to(tl.float32)).to(tl.bfloat16)
-        large = tl.dot(x, high.to(OPERAND).T, large)
-        small = tl.dot(x, middle.to(OPERAND).T, small)
-        small = tl.dot(x, low.to(OPERAND).T, small)
+        step = tl.dot(low.to(OPERAND), x)
+        step = tl.dot(middle.to(OPERAND), x, step)
+        sums += tl.dot(high.to(OPERAND), x, step)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
-    out_ptrs = out_ptr + m.to(tl.int64)[:, None] * E + e[None, :]
-    tl.store(out_ptrs, large + small, mask=(m < M)[:, None] & (e < E)[None, :])
+    out_ptrs = out_ptr + m.to(tl.int64)[None, :] * E + e[:, None]
+    tl.store(out_ptrs, sums, mask=(m < M)[None, :] & (e < E)[:, None])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -179,7 +193,10 @@ def serves_choice(gating_output: torch.Tensor) -> bool:
     )
 
 
-def choose_tiles(num_tokens: int) -> Tiles:
+def choose_tiles(num_tokens: int, hidden_size: int) -> FewTiles | Tiles:
+    """Tiles for x [M, K], from a sweep on an H200 with 288 x 4096."""
+    if num_tokens <= 4 and hidden_size <= _MOST_FEW_COLUMNS:
+        return FewTiles(1, 2, 4)
     if num_tokens <= 128:
         return Tiles(16, 16, 256, 4, 4)
     if num_tokens <= 1024:
@@ -187,33 +204,36 @@ def choose_tiles(num_tokens: int) -> Tiles:
     return Tiles(128, 64, 64, 4, 3)
 
 
-def _pdl(x: torch.Tensor) -> dict[str, bool]:
-    """Launch a kernel while the one before ends."""
-    return {"PDL": True, "launch_pdl": True} if x.is_cuda else {"PDL": False}
-
-
 def run_product(
-    tiles: Tiles | None, x: torch.Tensor, weight: torch.Tensor
+    tiles: FewTiles | Tiles, x: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """`router_logits` with these tiles, or a token a program."""
+    """`router_logits` with these tiles."""
     num_tokens, hidden_size = x.shape
     num_experts = weight.shape[0]
     out = x.new_empty((num_tokens, num_experts), dtype=torch.float32)
-    if tiles is None:
-        router_few_kernel[(triton.cdiv(num_experts, 2), num_tokens)](
+    blocks = triton.cdiv(num_tokens, tiles.block_m)
+    expert_blocks = triton.cdiv(num_experts, tiles.block_e)
+    if isinstance(tiles, FewTiles):
+        launch(
+            router_few_kernel,
+            (expert_blocks, blocks),
+            x.is_cuda,
             x,
             weight,
             out,
+            num_tokens,
             num_experts,
             hidden_size,
-            BLOCK_E=2,
+            BLOCK_M=tiles.block_m,
+            BLOCK_E=tiles.block_e,
             BLOCK_K=triton.next_power_of_2(hidden_size),
-            num_warps=4,
-            **_pdl(x),
+            num_warps=tiles.num_warps,
         )
         return out
-    blocks = triton.cdiv(num_tokens, tiles.block_m)
-    router_kernel[(blocks * triton.cdiv(num_experts, tiles.block_n),)](
+    launch(
+        router_kernel,
+        (blocks * expert_blocks,),
+        x.is_cuda,
         x,
         weight,
         out,
@@ -221,12 +241,11 @@ def run_product(
         num_experts,
         hidden_size,
         BLOCK_M=tiles.block_m,
-        BLOCK_E=tiles.block_n,
+        BLOCK_E=tiles.block_e,
         BLOCK_K=tiles.block_k,
         OPERAND=tl.bfloat16 if x.is_cuda else tl.float32,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        **_pdl(x),
     )
     return out
 
@@ -244,9 +263,7 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     num_tokens, hidden_size = x.shape
     if num_tokens == 0:
         return x.new_empty((0, weight.shape[0]), dtype=torch.float32)
-    few = num_tokens <= _FEW_TOKENS and hidden_size <= _MOST_FEW_COLUMNS
-    tiles = None if few else choose_tiles(num_tokens)
-    return run_product(tiles, x.contiguous(), weight)
+    return run_product(choose_tiles(num_tokens, hidden_size), x.contiguous(), weight)
 
 
 def topk_sigmoid(
@@ -274,7 +291,10 @@ def topk_sigmoid(
     topk = topk_ids.shape[1]
     if num_tokens == 0:
         return
-    topk_sigmoid_kernel[(num_tokens,)](
+    launch(
+        topk_sigmoid_kernel,
+        (num_tokens,),
+        gating_output.is_cuda,
         topk_weights,
         topk_ids,
         token_expert_indices,
@@ -288,7 +308,6 @@ def topk_sigmoid(
         HAS_BIAS=e_score_correction_bias is not None,
         RENORMALIZE=renormalize,
         num_warps=1,
-        **_pdl(gating_output),
     )
 
 
