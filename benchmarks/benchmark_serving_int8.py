@@ -10,7 +10,8 @@ and measures in parts, each of which may be a call of its own:
 - serve: both servers on the GPU at a time; `vllm bench serve` for each batch and length
   of prompts in the turns stock, fork, fork, stock
 - offline: an engine of each build by itself; loading, memory, `vllm bench latency`,
-  `vllm bench throughput`, and where the GPU time of a decode step and of a prefill goes
+  `vllm bench throughput`
+- profile: where the GPU time of a decode step and of a prefill goes; torch's memory
 
 Writes medians to OUT/<chip>/serving_int8.json, a plot beside it, and the profile to
 docs/results. Rows that are measured again are replaced. Exits 0 whether the bars are
@@ -50,7 +51,7 @@ from benchmarks.serving.processes import (
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ROOT / "benchmarks/serving/jobs.py"
-PARTS = ("serve", "offline")
+PARTS = ("serve", "offline", "profile")
 TURNS = ("stock", "fork", "fork", "stock")
 BATCHES, PROMPT_TOKENS = (1, 8, 64, 256), (128, 2048, 8192)
 OUTPUT_TOKENS = 96
@@ -101,6 +102,7 @@ class Found(NamedTuple):
     rows: list[report.Row]
     starts: list[dict[str, Any]]
     profiles: dict[str, Any]  # by build and phase, what `summarize` says
+    memory: dict[str, Any]  # by build, torch's at most
 
 
 def cell(batch: int, prompt_tokens: int) -> dict[str, int]:
@@ -206,7 +208,7 @@ def measure_serving(settings: Settings) -> Generator[Found, None, None]:
             for run in results(client, out, list(servers.values())):
                 runs.append(run)
                 if len(runs) == len(TURNS):
-                    yield Found(cell_rows(runs), [], {})
+                    yield Found(cell_rows(runs), [], {}, {})
                     runs = []
 
 
@@ -235,43 +237,25 @@ def cell_rows(runs: Sequence[dict[str, Any]]) -> list[report.Row]:
 
 
 def measure_offline(settings: Settings) -> Generator[Found, None, None]:
-    """The start and the profile of each build's engine, then the rows of latency and
-    throughput."""
+    """The start of each build's engine, then the rows of latency and throughput."""
     cells = {
         "latency": settings.latency or LATENCY,
         "throughput": settings.throughput or THROUGHPUT,
     }
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in cells}
-    job: dict[str, Any] = {
-        "job": "offline",
-        "engine_args": engine_args(settings),
-        **cells,
-        # A trace of a CPU has no kernels.
-        "profile": PROFILE if torch.cuda.is_available() else None,
-    }
-    # The profiler sees its own process; it is told the parts of a step by name.
-    env = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1",
-    }
+    job = {"job": "offline", "engine_args": engine_args(settings), **cells}
     for build in settings.builds.values():
         console.log(f"offline: {build.name}")
         peak = MemoryPeak()
-        phases = {}
-        with running_job(settings, build, job, env) as (process, out), peak:
+        with running_job(settings, build, job) as (process, out), peak:
             for line in results(process, out):
                 if "ready" in line:
                     ready = line["ready"]
-                elif "torch_gib" in line:
-                    reserved, allocated = line["torch_gib"]
-                elif "phase" in line:
-                    phases[line["phase"]] = phase(line)
                 else:
                     samples[line["name"]][build.name] = line["samples"]
         start = describe_start(build, process, ready, peak)
-        start |= {"reserved_gib": reserved, "allocated_gib": allocated}
         console.log(f"offline: {start}", highlight=False)
-        yield Found([], [start], {build.name: phases} if phases else {})
+        yield Found([], [start], {}, {})
     rows = [
         report.make_row(
             metric, samples[name], cells[name]["batch"], cells[name]["prompt_tokens"]
@@ -281,7 +265,31 @@ def measure_offline(settings: Settings) -> Generator[Found, None, None]:
             ("throughput", report.THROUGHPUT),
         )
     ]
-    yield Found(rows, [], {})
+    yield Found(rows, [], {}, {})
+
+
+def measure_profile(settings: Settings) -> Generator[Found, None, None]:
+    """The profile of each build, phase by phase, and torch's share of the memory."""
+    if not torch.cuda.is_available():
+        raise BenchmarkError("a profile needs a GPU: a trace of a CPU has no kernels")
+    job = {"job": "profile", "engine_args": engine_args(settings), **PROFILE}
+    # The profiler sees its own process; it is told the parts of a step by name.
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1",
+    }
+    for build in settings.builds.values():
+        console.log(f"profile: {build.name}")
+        found: dict[str, Any] = {}
+        with running_job(settings, build, job, env) as (process, out):
+            for line in results(process, out):
+                if "phase" in line:
+                    found[line["phase"]] = phase(line)
+                else:
+                    reserved, allocated = line["torch_gib"]
+        memory = {"reserved_gib": reserved, "allocated_gib": allocated}
+        console.log(f"profile: {memory}", highlight=False)
+        yield Found([], [], {build.name: found}, {build.name: memory})
 
 
 def phase(line: dict[str, Any]) -> dict[str, Any]:
@@ -319,10 +327,12 @@ def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "layers": settings.widths.layers,
         "builds": {},
+        "memory": {},
     }
     for part, measure_part in (
         ("serve", measure_serving),
         ("offline", measure_offline),
+        ("profile", measure_profile),
     ):
         if part not in parts:
             continue
@@ -333,6 +343,7 @@ def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
                 report.save(path, result)
                 if found.profiles:
                     profile["builds"] |= found.profiles
+                    profile["memory"] |= found.memory
                     report.save(settings.profile_out / profile_name(chip), profile)
         if torch.cuda.is_available():
             check_kernels(settings.builds)
@@ -387,7 +398,7 @@ def parse_args() -> argparse.Namespace:
         "--prompt-tokens", type=int, nargs="+", default=PROMPT_TOKENS, metavar="N"
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS[:2], help="which to measure"
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="which to measure"
     )
     parser.add_argument(
         "--tables",

@@ -3,8 +3,8 @@
 
     python -P jobs.py JOB.json
 
-JOB is `{"job": "serve" | "offline", "model": folder, "out": file, ..}`; the function of
-that name says what else. The file `out` gets a line of JSON a result.
+JOB is `{"job": "serve" | "offline" | "profile", "model": folder, "out": file, ..}`; the
+function of that name says what else. The file `out` gets a line of JSON a result.
 """
 
 import json
@@ -90,14 +90,10 @@ def serve(job: Job, emit: Emit) -> None:
 
 
 def offline(job: Job, emit: Emit) -> None:
-    """`vllm bench latency`, then `throughput`, then `profile`, with one engine of
-    `engine_args`.
+    """`vllm bench latency`, then `throughput`, with one engine of `engine_args`.
 
-    `latency` and `throughput` are `{"batch", "prompt_tokens", "output_tokens"}`. The
-    engine is in this process: VLLM_ENABLE_V1_MULTIPROCESSING is 0, and
-    VLLM_CUSTOM_SCOPES_FOR_PROFILING 1, which names the parts of a step in the trace.
+    `latency` and `throughput` are `{"batch", "prompt_tokens", "output_tokens"}`.
     """
-    import torch
     from vllm import LLM
     from vllm.benchmarks import latency, throughput
 
@@ -134,21 +130,23 @@ def offline(job: Job, emit: Emit) -> None:
         rates.append(json.loads(out.read_text())["tokens_per_second"])
     emit({"name": "throughput", "samples": rates[1:]})
 
-    # Of what the device has in use, what torch asked for, and what tensors had of that.
-    most = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
-    emit({"torch_gib": [round(value / 2**30, 3) for value in most]})
 
-    if job["profile"]:
-        profile(engines[0], job["profile"], Path(job["out"]).with_suffix(""), emit)
-
-
-def profile(llm: Any, what: Job, out: Path, emit: Emit) -> None:
+def profile(job: Job, emit: Emit) -> None:
     """Trace decode steps of each of `decode_batches`, and a prefill of `prefill`
-    tokens; the names of the traces begin with `out`."""
+    tokens; then say how much memory torch had at most, and how much of it tensors.
+
+    The engine, of `engine_args`, is in this process, which the profiler sees:
+    VLLM_ENABLE_V1_MULTIPROCESSING is 0, and VLLM_CUSTOM_SCOPES_FOR_PROFILING 1, which
+    names the parts of a step in the trace.
+    """
     import torch
     from torch.profiler import ProfilerActivity
-    from vllm import SamplingParams
+    from vllm import LLM, EngineArgs, SamplingParams
 
+    arguments = ["--model", job["model"], *job["engine_args"]]
+    args = parse(EngineArgs.add_cli_args, arguments)
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
+    out = Path(job["out"]).with_suffix("")
     on_gpu = torch.cuda.is_available()
     engine = llm.llm_engine
     vocab = llm.model_config.get_vocab_size()
@@ -201,7 +199,7 @@ def profile(llm: Any, what: Job, out: Path, emit: Emit) -> None:
             }
         )
 
-    for batch in what["decode_batches"]:
+    for batch in job["decode_batches"]:
         # Prompts share steps by the thousand tokens: one a request is enough to start.
         most = PROFILE_WARM_UP + batch + 2 * PROFILE_STEPS + 8
         requests = [add(PROFILE_PROMPT, most) for _ in range(batch)]
@@ -215,13 +213,16 @@ def profile(llm: Any, what: Job, out: Path, emit: Emit) -> None:
         engine.abort_request(requests)
         finish()
     for _ in range(2):
-        add(what["prefill"], 1)
+        add(job["prefill"], 1)
         wall = seconds(finish)
-    add(what["prefill"], 1)
-    trace(f"prefill {what['prefill']}", 1, wall, finish)
+    add(job["prefill"], 1)
+    trace(f"prefill {job['prefill']}", 1, wall, finish)
+    if on_gpu:
+        most = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+        emit({"torch_gib": [round(value / 2**30, 3) for value in most]})
 
 
-JOBS = {"serve": serve, "offline": offline}
+JOBS = {"serve": serve, "offline": offline, "profile": profile}
 
 
 def main() -> None:

@@ -183,13 +183,13 @@ def test_gate_of_step_3p5_asks_it(monkeypatch: pytest.MonkeyPatch, vllm_config) 
     asked = []
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        asked.append((x.dtype, weight.dtype))
+        asked.append((x, weight))
         return expected + 1
 
     monkeypatch.setattr(triton_router, "serves_product", lambda *_: True)
     monkeypatch.setattr(torch.ops.vllm, "router_logits", product)
     found, bias = gate(x)
-    assert asked == [(torch.bfloat16, torch.float32)] and bias is None
+    assert asked == [(x, gate.weight)] and bias is None
     torch.testing.assert_close(found, expected + 1)
 
 
