@@ -162,11 +162,26 @@ def test_serves_hopper_where_upstream_is_slow(
     assert not triton_router.serves_product(weight.bfloat16(), weight.bfloat16())
 
 
-def test_tiles_are_chosen_for_every_number_of_tokens() -> None:
-    sizes = [choose_tiles(m, 4096).block_m for m in (1, 4, 5, 128, 1024, 1025, 16384)]
-    assert sizes == sorted(sizes)
+@interpreted
+@pytest.mark.parametrize("num_tokens", [0, 1, 64, 65, 1023, 1024])
+def test_every_number_of_tokens_is_served(
+    num_tokens: int, rng: torch.Generator
+) -> None:
+    """By one kernel, the other, or upstream's."""
+    x = torch.randn(num_tokens, 16, generator=rng).bfloat16().to(DEVICE)
+    weight = torch.randn(4, 16, generator=rng).to(DEVICE)
+    assert_product(router_logits(x, weight), x, weight)
+
+
+def test_tiles_are_chosen_where_they_were_faster() -> None:
+    kinds = {m: type(choose_tiles(m, 4096)) for m in (1, 64, 65, 1023, 1024, 16384)}
+    assert kinds == {
+        **dict.fromkeys((1, 64), FewTiles),
+        **dict.fromkeys((65, 1023), type(None)),
+        **dict.fromkeys((1024, 16384), Tiles),
+    }
     # A row that does not fit into a program's registers.
-    assert isinstance(choose_tiles(1, 16384), Tiles)
+    assert choose_tiles(1, 16384) is None
 
 
 def test_gate_of_step_3p5_asks_it(monkeypatch: pytest.MonkeyPatch, vllm_config) -> None:
