@@ -4,6 +4,8 @@
 import gc
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 import traceback
@@ -48,7 +50,8 @@ class Answers:
     of each token after those before it.
 
     Up to them each worker launched the INT8 MoE's own kernels int8_moe_runs times, and
-    that of INT8 linear layers of few tokens int8_linear_runs times;
+    that of INT8 linear layers of few tokens int8_linear_runs times. While it was asked
+    each compiled num_compiled variants of the fork's Triton kernels.
     num_cached_tokens of the prompts came from the prefix cache. experts_at is each
     worker's `Watched.experts_at`, and parameters what it holds of those asked for.
     """
@@ -57,6 +60,7 @@ class Answers:
     logprobs: Tensor
     int8_moe_runs: list[int]
     int8_linear_runs: list[int]
+    num_compiled: list[int]
     num_cached_tokens: int
     experts_at: list[list[list[int]]]
     parameters: dict[str, list[Tensor]]
@@ -95,9 +99,7 @@ def ask_data_parallel(
     **options: Any,
 ) -> list[Answers]:
     """Each data-parallel rank's answers to its share of the prompts, in order."""
-    from vllm.utils.network_utils import get_open_port
-
-    port = str(get_open_port())
+    port = str(_free_ports(10))
     share = len(prompts) // num_ranks
     processes = []
     for rank in range(num_ranks):
@@ -141,6 +143,19 @@ def one_core_a_rank(num_ranks: int) -> dict[str, str]:
     cores = sorted(os.sched_getaffinity(0))
     chosen = (str(cores[rank % len(cores)]) for rank in range(num_ranks))
     return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(chosen)}
+
+
+def _free_ports(number: int) -> int:
+    """The first of so many free ports that no other process gets by asking for any."""
+    while True:
+        first = random.randrange(20000, 32000)
+        try:
+            for port in range(first, first + number):
+                with socket.socket() as free:
+                    free.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
 
 
 def _start(
@@ -196,6 +211,7 @@ def _answers(one: dict[str, Any]) -> Answers:
         logprobs=torch.tensor(one["logprobs"], dtype=torch.float64),
         int8_moe_runs=one["int8_moe_runs"],
         int8_linear_runs=one["int8_linear_runs"],
+        num_compiled=one["num_compiled"],
         num_cached_tokens=one["num_cached_tokens"],
         experts_at=one["experts_at"],
         parameters={
@@ -234,7 +250,9 @@ def _ask(llm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
         detokenize=False,
     )
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    compiled_before = llm.collective_rpc("compiled_kernels")
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    compiled = llm.collective_rpc("compiled_kernels")
     completions = [output.outputs[0] for output in outputs]
     return {
         "tokens": [list(one.token_ids) for one in completions],
@@ -244,6 +262,10 @@ def _ask(llm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "int8_moe_runs": llm.collective_rpc("int8_moe_runs"),
         "int8_linear_runs": llm.collective_rpc("int8_linear_runs"),
+        "num_compiled": [
+            after - before
+            for after, before in zip(compiled, compiled_before, strict=True)
+        ],
         "num_cached_tokens": sum(output.num_cached_tokens or 0 for output in outputs),
         "experts_at": llm.collective_rpc("experts_at"),
         "parameters": {

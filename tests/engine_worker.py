@@ -5,7 +5,8 @@ from typing import Any
 from unittest.mock import patch
 
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
-from vllm.model_executor.layers.fused_moe import int8_moe
+from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_kernels
+from vllm.model_executor.layers.fused_moe.router import triton_router
 
 _moe_runs = patch.object(
     int8_moe, "run_int8_experts", wraps=int8_moe.run_int8_experts
@@ -33,6 +34,15 @@ class Watched:
     def int8_linear_runs(self) -> int:
         """How often it launched the kernel of INT8 linear layers of few tokens."""
         return _linear_runs.call_count
+
+    def compiled_kernels(self) -> int:
+        """How many variants of the fork's Triton kernels it has compiled or loaded."""
+        return sum(
+            len(cache[0])
+            for module in (int8_moe_kernels, int8_few_tokens, triton_router)
+            for kernel in vars(module).values()
+            for cache in getattr(kernel, "device_caches", {}).values()
+        )
 
     def experts_at(self) -> list[list[int]]:
         """EPLB's physical_to_logical_map, [layers, physical experts]; else empty."""

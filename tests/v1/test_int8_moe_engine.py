@@ -49,6 +49,24 @@ def test_few_tokens(upstreams: Answers, eager: bool) -> None:
     assert_alike(alone, upstreams)
 
 
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_no_kernel_is_compiled_while_requests_wait(eager: bool) -> None:
+    """Patch 0024: steps of any number of tokens find their kernels compiled."""
+    steps = ask(
+        EXPORT,
+        LONG_PROMPTS,
+        NUM_TOKENS,
+        [AGAIN],
+        enforce_eager=eager,
+        # Prompts are cut wherever a step is full, which is at a different number each.
+        max_num_batched_tokens=1500,
+        **ROOM,
+    )
+    for answers in steps:
+        assert_kernels(answers)
+        assert answers.num_compiled == [0]
+
+
 def test_chunked_prefill_and_prefix_cache() -> None:
     """A prompt in chunks answers as a whole one, and what the cache holds of it too.
 

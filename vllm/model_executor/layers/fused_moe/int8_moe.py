@@ -12,6 +12,7 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEQuantConfig,
 )
 from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
+    Architecture,
     Config,
     FewConfig,
     Product,
@@ -173,10 +174,7 @@ def _int8_fused_experts(
     if num_tokens == 0 or topk == 0:
         return torch.zeros_like(hidden_states)
     num_ids = w13.shape[0] if expert_map is None else expert_map.numel()
-    architecture = get_architecture()
-    config = choose_few_config(
-        architecture, num_tokens, topk, num_ids, w2.shape[2], w2.shape[1]
-    ) or choose_config(architecture, num_tokens * topk, num_ids, w2.shape[2])
+    config = choose(get_architecture(), num_tokens, topk, num_ids, *w2.shape[1:])
     swiglustep = activation == MoEActivation.SWIGLUSTEP.value
     return run_int8_experts(
         config,
@@ -195,6 +193,28 @@ def _int8_fused_experts(
         w13_bias,
         w2_bias,
     )
+
+
+def choose(
+    architecture: Architecture,
+    num_tokens: int,
+    topk: int,
+    num_ids: int,
+    hidden_size: int,
+    intermediate_size: int,
+) -> Config | FewConfig:
+    """The tiles for num_tokens tokens; the other numbers are the layer's."""
+    return choose_few_config(
+        architecture, num_tokens, topk, num_ids, intermediate_size, hidden_size
+    ) or choose_config(architecture, num_tokens * topk, num_ids, intermediate_size)
+
+
+def pairs_to_sort_at_once(num_pairs: int) -> int:
+    """What each program that sorts looks at, all pairs and room for more; 0 where there
+    are too many of them."""
+    if num_pairs > _MOST_PAIRS:
+        return 0
+    return max(triton.next_power_of_2(num_pairs), 128)
 
 
 def run_int8_experts(
@@ -236,9 +256,9 @@ def run_int8_experts(
         HAS_BIAS=w2_bias is not None,
         WEIGH=not weigh_input,
     )
-    out = torch.empty_like(x)
 
     if isinstance(config, FewConfig):
+        out = torch.empty_like(x)
         few: dict[str, Any] = dict(HAS_EXPERT_MAP=has_map, DOT4=has_dot4(x))
         h = x.new_empty((num_tokens * topk, width))
         programs = triton.cdiv(width, config.w13_block_n)
@@ -303,16 +323,19 @@ def run_int8_experts(
 
     num_pairs = num_tokens * topk
     block_m, pdl = config.block_m, config.pdl
+    # Largest first: torch's allocator gives smaller tensors parts of a block that would
+    # have held a larger one, and what outlives this layer would keep it cut.
+    # The first product is read for the last time before the second is written.
+    rows = most_tiles(num_pairs, num_experts, block_m) * block_m
+    memory = x.new_empty(max(rows * width, num_pairs * hidden_size))
+    h = memory[: rows * width].view(rows, width)
+    y = memory[: num_pairs * hidden_size].view(num_pairs, hidden_size)
+    hq, h_scale = _empty_quantized(rows, width, x)
     tiles, xq, x_scale = prepare(
         x, a13_scale, topk_ids, expert_map, num_experts, config
     )
     sorted_pairs, tile_experts, num_tiles = tiles
     max_tiles = tile_experts.numel()
-    rows = max_tiles * block_m
-    # The first product is read for the last time before the second is written.
-    memory = x.new_empty(max(rows * width, num_pairs * hidden_size))
-    h = memory[: rows * width].view(rows, width)
-    y = memory[: num_pairs * hidden_size].view(num_pairs, hidden_size)
     p = config.w13
     _launch_product(
         kernels.w13_kernel,
@@ -336,7 +359,6 @@ def run_int8_experts(
         EVEN_K=hidden_size % p.block_k == 0,
         **first,
     )
-    hq, h_scale = _empty_quantized(rows, width, x)
     block_k = triton.next_power_of_2(width)
     rows_a_program = max(1, 8192 // block_k)
     launch(
@@ -402,6 +424,7 @@ def run_int8_experts(
             TMA_A=p.tma_a,
             **second,
         )
+    out = torch.empty_like(x)
     block_k = min(triton.next_power_of_2(hidden_size), 1024)
     launch(
         kernels.sum_topk_kernel,
@@ -421,6 +444,11 @@ def run_int8_experts(
 
 
 Tiles = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def most_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
+    """An upper bound of the number of tiles, which the device alone knows."""
+    return min(num_pairs, num_pairs // block_m + min(num_experts, num_pairs))
 
 
 def prepare(
@@ -443,8 +471,7 @@ def prepare(
     num_pairs = topk_ids.numel()
     num_ids = num_experts if expert_map is None else expert_map.numel()
     block_m = config.block_m
-    # An upper bound; only the device knows how many there are.
-    max_tiles = min(num_pairs, num_pairs // block_m + min(num_experts, num_pairs))
+    max_tiles = most_tiles(num_pairs, num_experts, block_m)
 
     def empty(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, device=x.device)
@@ -455,12 +482,12 @@ def prepare(
     block_k = triton.next_power_of_2(columns)
     rows = max(1, 4096 // block_k)
     programs = triton.cdiv(num_tokens, rows)
-    has_aligners = num_pairs <= _MOST_PAIRS
+    pairs = pairs_to_sort_at_once(num_pairs)
     routing = (topk_ids, expert_map)
     has_map = expert_map is not None
     launch(
         kernels.prepare_kernel,
-        (programs + (num_experts if has_aligners else 0),),
+        (programs + (num_experts if pairs else 0),),
         config.pdl,
         x,
         static_scale,
@@ -473,17 +500,17 @@ def prepare(
         num_pairs,
         num_ids,
         num_experts,
-        ALIGNERS=has_aligners,
+        ALIGNERS=pairs > 0,
         HAS_EXPERT_MAP=has_map,
         BLOCK_M=block_m,
-        PAIRS=max(triton.next_power_of_2(num_pairs), 128) if has_aligners else 0,
+        PAIRS=pairs,
         BINS=bins,
         ROWS=rows,
         BLOCK_K=block_k,
         STATIC=static_scale is not None,
         num_warps=8,
     )
-    if has_aligners:
+    if pairs:
         return tiles, xq, scale
 
     num_parts = triton.cdiv(num_pairs, _PART)

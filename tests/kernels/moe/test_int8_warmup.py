@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Before the first request: which numbers of tokens the model is run with."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from triton import JITFunction
+from vllm.config import CUDAGraphMode
+from vllm.model_executor.layers.fused_moe import int8_moe
+from vllm.model_executor.layers.fused_moe.int8_moe_configs import Architecture
+from vllm.model_executor.layers.quantization.quark.quark_moe import (
+    QuarkW8A8Int8MoEMethod,
+)
+from vllm.model_executor.warmup import int8_warmup, kernel_warmup
+from vllm.model_executor.warmup.int8_warmup import Experts, warmup_sizes
+
+MAX_TOKENS = 8192
+
+
+def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+class Launches:
+    """Runs the layer on tensors without memory; of each launch keeps what a kernel is
+    compiled for."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, architecture: Architecture
+    ) -> None:
+        self.architecture = architecture
+        self.found: set[Any] = set()
+        monkeypatch.setattr(int8_moe, "launch", self.record)
+
+    def record(
+        self, kernel: Any, grid: Any, pdl: bool, *args: Any, **options: Any
+    ) -> None:
+        if not isinstance(kernel, JITFunction):  # in the interpreter
+            kernel = JITFunction(kernel.fn, **kernel.kwargs)
+        numbers = [
+            (parameter.name, value == 1, value % 16 == 0)
+            for parameter, value in zip(kernel.params, args, strict=False)
+            if isinstance(value, int) and not parameter.do_not_specialize
+        ]
+        key = kernel.fn.__name__, pdl, *numbers, *sorted(options.items(), key=str)
+        self.found.add(key)
+
+    def run(self, num_tokens: int, experts: Experts) -> set[Any]:
+        """One of eight ranks' experts."""
+        self.found = set()
+        topk, num_ids, hidden, width, _ = experts
+        local = num_ids // 8
+        int8_moe.run_int8_experts(
+            int8_moe.choose(
+                self.architecture, num_tokens, topk, num_ids, hidden, width
+            ),
+            empty(num_tokens, hidden, dtype=torch.bfloat16),
+            empty(local, 2 * width, hidden, dtype=torch.int8),
+            empty(local, hidden, width, dtype=torch.int8),
+            empty(num_tokens, topk),
+            empty(num_tokens, topk, dtype=torch.int32),
+            None,
+            False,
+            empty(num_ids, dtype=torch.int32),
+            empty(local, 2 * width, 1),
+            empty(local, hidden, 1),
+            None,
+            None,
+            None,
+            None,
+        )
+        return self.found
+
+
+SHAPES = [(8, 288, 256, 1280), (8, 288, 256, 160), (6, 64, 256, 64), (4, 64, 64, 768)]
+
+
+@pytest.mark.parametrize("architecture", ["hopper", "cuda", "rocm"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dp_size", [1, 3])
+def test_sizes_reach_every_kernel(
+    dp_size: int,
+    shape: tuple[int, int, int, int],
+    architecture: Architecture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever a step holds, its kernels are those of a size before it."""
+    experts = Experts(*shape, dp_size)
+    launches = Launches(monkeypatch, architecture)
+    sizes = [*warmup_sizes(architecture, experts, 0, MAX_TOKENS), MAX_TOKENS]
+    assert len(sizes) < 20
+    compiled = set[Any]().union(
+        *(launches.run(size * dp_size, experts) for size in sizes)
+    )
+    for num_tokens in {*range(1, 150), *range(151, MAX_TOKENS, 101)}:
+        needed = launches.run(num_tokens * dp_size, experts)
+        assert needed <= compiled, num_tokens
+
+
+def test_sizes_lie_between_graphs_and_the_profile_run() -> None:
+    """Those of Step-3.5-Flash: a table of tiles by pairs for each of 288 experts."""
+    experts = Experts(8, 288, 4096, 1280, dp_size=1)
+    sizes = warmup_sizes("hopper", experts, 512, 8192)
+    assert sizes == [513, 577, 1153]
+    assert warmup_sizes("hopper", experts, 512, 1153) == [513, 577]
+    assert warmup_sizes("hopper", experts, 512, 512) == []
+
+
+class Worker(SimpleNamespace):
+    """What the warmup asks a worker for; keeps the runs of its model."""
+
+    @classmethod
+    def of(cls, model: nn.Module, captured: list[int]) -> "Worker":
+        runs: list[tuple[Any, ...]] = []
+        return cls(
+            runs=runs,
+            get_model=lambda: model,
+            vllm_config=SimpleNamespace(
+                compilation_config=SimpleNamespace(cudagraph_capture_sizes=captured)
+            ),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+            model_runner=SimpleNamespace(
+                _dummy_run=lambda *args, **options: runs.append((*args, options))
+            ),
+        )
+
+
+@pytest.fixture
+def moe_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
+    experts: Any = nn.Module()
+    experts.quant_method = object.__new__(QuarkW8A8Int8MoEMethod)
+    experts.moe_config = SimpleNamespace(
+        experts_per_token=2,
+        num_experts=8,
+        hidden_dim=64,
+        intermediate_size_per_partition=64,
+        dp_size=1,
+    )
+    monkeypatch.setattr(int8_moe, "serves", lambda moe: moe is experts.moe_config)
+    monkeypatch.setattr(int8_warmup, "get_architecture", lambda: "hopper")
+    yield nn.Sequential(nn.Linear(1, 1), experts)
+
+
+def test_runs_models_of_int8_experts(moe_model: nn.Module) -> None:
+    options = {"cudagraph_runtime_mode": CUDAGraphMode.NONE, "skip_eplb": True}
+    worker = Worker.of(moe_model, [1, 2, 16])
+    int8_warmup.int8_warmup(worker)
+    # Tiles for up to 8 pairs an expert; those of 64 tokens, 16 pairs, begin at 33.
+    assert worker.runs == [(17, options)]
+    worker = Worker.of(moe_model, [])  # enforce_eager
+    int8_warmup.int8_warmup(worker)
+    assert worker.runs == [(1, options), (2, options)]
+
+
+def test_leaves_other_models_alone(
+    moe_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker.of(nn.Linear(1, 1), [])
+    int8_warmup.int8_warmup(worker)
+    assert worker.runs == []
+    monkeypatch.setattr(int8_moe, "serves", lambda moe: False)  # upstream's kernel
+    worker = Worker.of(moe_model, [])
+    int8_warmup.int8_warmup(worker)
+    assert worker.runs == []
+
+
+def test_upstreams_warmup_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patch 0024, before CUDA graphs are captured."""
+
+    class Asked(Exception):
+        pass
+
+    def asked(worker: object) -> None:
+        assert worker == "worker"
+        raise Asked
+
+    monkeypatch.setattr(int8_warmup, "int8_warmup", asked)
+    monkeypatch.setattr(kernel_warmup.envs, "VLLM_USE_DEEP_GEMM", False)
+    with pytest.raises(Asked):
+        kernel_warmup.kernel_warmup("worker")

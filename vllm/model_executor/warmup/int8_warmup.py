@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the Triton kernels of INT8 experts before the first request needs them.
+
+Their tiles depend on the number of tokens. The profile run and the capture of CUDA
+graphs reach some choices; without this the others are compiled, seconds each, while
+requests wait.
+"""
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, NamedTuple
+
+from vllm.config import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import int8_moe
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
+    Architecture,
+    get_architecture,
+)
+from vllm.model_executor.layers.quantization.quark.quark_moe import (
+    QuarkW8A8Int8MoEMethod,
+)
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker
+
+logger = init_logger(__name__)
+
+
+class Experts(NamedTuple):
+    """What a layer's choice of kernels depends on, beside the number of tokens."""
+
+    topk: int
+    num_ids: int
+    hidden_size: int
+    intermediate_size: int
+    dp_size: int
+
+    @classmethod
+    def of(cls, moe: FusedMoEConfig) -> "Experts":
+        return cls(
+            moe.experts_per_token,
+            moe.num_experts,
+            moe.hidden_dim,
+            moe.intermediate_size_per_partition,
+            moe.dp_size,
+        )
+
+    def kernels(self, architecture: Architecture, num_tokens: int) -> Hashable:
+        """The same for numbers of tokens that need the same kernels."""
+        num_tokens *= self.dp_size  # experts see those of all data-parallel ranks
+        config = int8_moe.choose(architecture, num_tokens, *self[:4])
+        return config, int8_moe.pairs_to_sort_at_once(num_tokens * self.topk)
+
+
+def warmup_sizes(
+    architecture: Architecture, experts: Experts, captured: int, max_num_tokens: int
+) -> list[int]:
+    """The first number of tokens beyond `captured` for all kernels that INT8 experts
+    need, but for those of max_num_tokens: the profile run has had them."""
+    first = {experts.kernels(architecture, max_num_tokens): max_num_tokens}
+    for num_tokens in range(captured + 1, max_num_tokens):
+        first.setdefault(experts.kernels(architecture, num_tokens), num_tokens)
+    return sorted(set(first.values()) - {max_num_tokens})
+
+
+def int8_warmup(worker: "Worker") -> None:
+    """Run the worker's model for each of `warmup_sizes`, if `int8_moe` serves it.
+
+    Before CUDA graphs are captured, which runs the model with fewer tokens.
+    """
+    captured = worker.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+    max_num_tokens = worker.scheduler_config.max_num_batched_tokens
+    layers = {
+        Experts.of(module.moe_config)
+        for module in worker.get_model().modules()
+        if isinstance(getattr(module, "quant_method", None), QuarkW8A8Int8MoEMethod)
+        and int8_moe.serves(module.moe_config)
+    }
+    sizes: set[int] = set()
+    for experts in layers:
+        sizes.update(
+            warmup_sizes(get_architecture(), experts, max(captured), max_num_tokens)
+        )
+    for size in sorted(sizes):
+        logger.info("Compiling the kernels of INT8 experts for %s tokens.", size)
+        worker.model_runner._dummy_run(
+            size, cudagraph_runtime_mode=CUDAGraphMode.NONE, skip_eplb=True
+        )
