@@ -244,10 +244,12 @@ def measure_offline(settings: Settings) -> Generator[Found, None, None]:
     }
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in cells}
     job = {"job": "offline", "engine_args": engine_args(settings), **cells}
+    # As the command `vllm` does: forked from a process with threads an engine may hang.
+    env = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     for build in settings.builds.values():
         console.log(f"offline: {build.name}")
         peak = MemoryPeak()
-        with running_job(settings, build, job) as (process, out), peak:
+        with running_job(settings, build, job, env) as (process, out), peak:
             for line in results(process, out):
                 if "ready" in line:
                     ready = line["ready"]
