@@ -4,6 +4,7 @@
 from typing import Any
 from unittest.mock import patch
 
+from triton import JITFunction
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
 from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_kernels
 from vllm.model_executor.layers.fused_moe.router import triton_router
@@ -41,7 +42,8 @@ class Watched:
             len(cache[0])
             for module in (int8_moe_kernels, int8_few_tokens, triton_router)
             for kernel in vars(module).values()
-            for cache in getattr(kernel, "device_caches", {}).values()
+            if isinstance(kernel, JITFunction)
+            for cache in kernel.device_caches.values()
         )
 
     def experts_at(self) -> list[list[int]]:
