@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the INT8 kernels for a GPU that need not be here, and describe them.
+"""Compile the Triton kernels for a GPU that need not be here, and describe them.
 
     CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=0 python compile_int8.py sm_90
 
 Runs the fused MoE on tensors without memory, at Step-3.5-Flash's shape, whole and cut
 to an eighth of the width, and numbers of tokens that reach every choice of tiles; then
-linear layers of few tokens, with each choice of tiles; and compiles each launch. Prints
-a JSON list.
+linear layers of few tokens and the router, with each choice of tiles; and compiles each
+launch. Prints a JSON list.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
@@ -29,6 +30,7 @@ from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
     choose_config,
     choose_few_config,
 )
+from vllm.model_executor.layers.fused_moe.router import triton_router
 
 TARGETS: dict[str, tuple[GPUTarget, Architecture]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), "cuda"),
@@ -40,6 +42,7 @@ EXPERTS, HIDDEN, TOPK = 36, 4096, 8
 WIDTHS = (1280, 160)
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 LINEAR = ((1792, 1536), (5120, 2048), (14336, 4096), (4096, 8192), (4096, 12288))
+ROUTER_TOKENS, ROUTER_EXPERTS = (1, 4, 16, 4096), 288
 TYPES = {
     torch.int8: "*i8",
     torch.int32: "*i32",
@@ -57,14 +60,14 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
     found = []
 
     def record(kernel: Any, grid: Any, pdl: bool, *args: Any, **options: Any) -> None:
-        # Which asks the GPU; tensors without memory are on none.
-        if kernel is int8_few_tokens.int8_linear_kernel:
+        # Some ask the GPU; tensors without memory are on none.
+        if kernel not in vars(int8_moe.kernels).values():
             pdl = architecture == "hopper"
         if pdl:
             options["launch_pdl"] = True
         found.append((kernel, args, options | {"PDL": pdl}))
 
-    int8_moe.launch = int8_few_tokens.launch = record
+    int8_moe.launch = int8_few_tokens.launch = triton_router.launch = record
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
         pairs = num_tokens * TOPK
         few = choose_few_config(architecture, num_tokens, TOPK, EXPERTS, width, HIDDEN)
@@ -96,6 +99,14 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
             None,
             None,
         )
+    for num_tokens in ROUTER_TOKENS:
+        x = empty(num_tokens, HIDDEN, dtype=torch.bfloat16)
+        logits = triton_router.router_logits(x, empty(ROUTER_EXPERTS, HIDDEN))
+        ids, rows = (empty(num_tokens, TOPK, dtype=torch.int32) for _ in range(2))
+        bias = empty(ROUTER_EXPERTS)
+        triton_router.topk_sigmoid(
+            empty(num_tokens, TOPK), ids, rows, logits, True, bias
+        )
     return found
 
 
@@ -109,6 +120,8 @@ def compile_launch(target: GPUTarget, kernel: Any, args: tuple, options: dict) -
             value = options.pop(name)
             if name == "DOT4":
                 value = target.backend == "cuda"
+            elif name == "OPERAND":
+                value = tl.bfloat16
         else:
             value = args[i]
         if parameter.is_constexpr or value is None:

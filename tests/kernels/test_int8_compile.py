@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The INT8 kernels compile for every GPU they are chosen for, without one here."""
+"""The Triton kernels compile for every GPU they are chosen for, without one here."""
 
 import json
 import os
@@ -11,13 +11,20 @@ import pytest
 
 # A byte more cannot be launched.
 SHARED = {"sm_80": 163, "sm_90": 227, "gfx942": 64, "gfx950": 160}
-# Bytes, of a kernel whose tiles were chosen for Hopper, which alone takes it.
-SPILLS = {("int8_linear_kernel", "sm_80"): 8}
+# Bytes, of kernels whose tiles were chosen for Hopper, which alone takes them.
+SPILLS = {("int8_linear_kernel", "sm_80"): 8, ("router_few_kernel", "sm_80"): 8}
 PRODUCT = {
     "sm_80": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
     "sm_90": "wgmma.mma_async.sync.aligned.m64n",
     "gfx942": "v_mfma_i32_",
     "gfx950": "v_mfma_i32_",
+}
+# The weight is the operand in registers, of 64 rows on Hopper.
+ROUTER = {
+    "sm_80": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+    "sm_90": "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16",
+    "gfx942": "v_mfma_f32_",
+    "gfx950": "v_mfma_f32_",
 }
 
 
@@ -34,7 +41,8 @@ def test_compiles(target: str) -> None:
     report = json.loads(done.stdout.splitlines()[-1])
     kernels = {entry["kernel"] for entry in report}
     few = {"w13_few_kernel", "w2_few_kernel", "int8_linear_kernel"}
-    assert {"w13_kernel", "w2_kernel"} | few <= kernels
+    router = {"router_kernel", "router_few_kernel", "topk_sigmoid_kernel"}
+    assert {"w13_kernel", "w2_kernel"} | few | router <= kernels
     for entry in report:
         assert entry["spills"] <= SPILLS.get((entry["kernel"], target), 0), entry
         assert entry["shared"] <= SHARED[target] * 1024, entry
@@ -44,3 +52,6 @@ def test_compiles(target: str) -> None:
             found = entry["instructions"]
             assert any(name.startswith(PRODUCT[target]) for name in found), entry
             assert target != "sm_90" or all("s32.s8.s8" in name for name in found)
+        if entry["kernel"] == "router_kernel":
+            found = entry["instructions"]
+            assert any(name.startswith(ROUTER[target]) for name in found), entry

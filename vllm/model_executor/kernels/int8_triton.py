@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces of the INT8 (W8A8) Triton kernels, of linear layers and of the fused MoE."""
+"""Pieces that Triton kernels share: those of INT8 (W8A8) linear layers, of the fused
+MoE, and of its router."""
 
 from typing import Any
 
