@@ -51,15 +51,15 @@ def test_few_tokens(upstreams: Answers, eager: bool) -> None:
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_no_kernel_is_compiled_while_requests_wait(eager: bool) -> None:
-    """Patch 0024: steps of any number of tokens find their kernels compiled."""
+    """Patch 0024: steps of one token to 600 find their kernels compiled."""
     steps = ask(
         EXPORT,
         LONG_PROMPTS,
         NUM_TOKENS,
         [AGAIN],
         enforce_eager=eager,
-        # Prompts are cut wherever a step is full, which is at a different number each.
         max_num_batched_tokens=1500,
+        max_num_seqs=5,
         **ROOM,
     )
     for answers in steps:

@@ -359,7 +359,7 @@ def test_the_engine_under_stress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(stress_serving_int8, "WORK", tmp_path)
     monkeypatch.setattr(stress_serving_int8, "NUM_SUMS", 500)
     results = tmp_path / "results.json"
-    options = ["--minutes", "0.25", "--in-flight", "32", "--max-model-len", "128"]
+    options = ["--minutes", "0.5", "--in-flight", "32", "--max-model-len", "128"]
     options += ["--max-growth", "0.5", "--results", str(results)]
     result = measure(parse_args(options))
     assert result["failures"] == []

@@ -24,7 +24,8 @@ from vllm.model_executor.models.step3p5 import FP32ReplicatedLinear
 
 from tests.platforms import pretended
 
-TILES = Tiles(16, 16, 32, 4, 2), Tiles(32, 64, 64, 4, 3)
+# Small ones, and what the engine takes.
+TILES = Tiles(16, 16, 32, 4, 2), Tiles(32, 64, 64, 4, 3), Tiles(64, 64, 64, 4, 3)
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 interpreted = pytest.mark.skipif(
@@ -142,6 +143,18 @@ def test_scores_of_zero_stay_zero() -> None:
     assert weights.tolist() == [[0, 0]] and ids.tolist() == [[0, 1]]
 
 
+@interpreted
+def test_scores_that_are_nan_are_not_chosen() -> None:
+    """288 is no power of two: what is beyond it never is an expert."""
+    logits = torch.full((3, 288), torch.nan, device=DEVICE)
+    logits[1] = torch.arange(288.0, device=DEVICE) / 100
+    logits[1, 280:] = torch.nan
+    logits[2, 5] = 1
+    weights, ids, _ = choose(logits, 3, False, None)
+    assert ids.tolist() == [[0, 0, 0], [279, 278, 277], [5, 0, 0]]
+    assert weights[0].isnan().all() and not weights[1].isnan().any()
+
+
 @pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
 def test_serves_hopper_where_upstream_is_slow(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -159,6 +172,7 @@ def test_serves_hopper_where_upstream_is_slow(
     weight = logits(4)
     assert triton_router.serves_product(weight.bfloat16(), weight) == hopper
     assert not triton_router.serves_product(weight, weight)
+    assert not triton_router.serves_product(logits(5).bfloat16(), weight)
     assert not triton_router.serves_product(weight.bfloat16(), weight.bfloat16())
 
 
@@ -173,6 +187,18 @@ def test_every_number_of_tokens_is_served(
     assert_product(router_logits(x, weight), x, weight)
 
 
+def test_leaves_logits_that_are_not_to_depend_on_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Upstream's product: ours adds up in another order for more tokens."""
+    monkeypatch.setattr(triton_router, "current_platform", pretended.cuda(9, 0))
+    x = torch.empty(1, 4, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(3, 4, device="meta")
+    assert triton_router.serves_product(x, weight)
+    monkeypatch.setattr(triton_router.envs, "VLLM_BATCH_INVARIANT", True)
+    assert not triton_router.serves_product(x, weight)
+
+
 def test_tiles_are_chosen_where_they_were_faster() -> None:
     kinds = {m: type(choose_tiles(m, 4096)) for m in (1, 64, 65, 1023, 1024, 16384)}
     assert kinds == {
@@ -180,8 +206,9 @@ def test_tiles_are_chosen_where_they_were_faster() -> None:
         **dict.fromkeys((65, 1023), type(None)),
         **dict.fromkeys((1024, 16384), Tiles),
     }
-    # A row that does not fit into a program's registers.
-    assert choose_tiles(1, 16384) is None
+    assert choose_tiles(4096, 4096) in TILES
+    # Rows that do not fit into a program's registers.
+    assert choose_tiles(1, 4097) is None
 
 
 def test_gate_of_step_3p5_asks_it(monkeypatch: pytest.MonkeyPatch, vllm_config) -> None:

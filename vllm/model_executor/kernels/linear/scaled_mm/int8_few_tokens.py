@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import vllm.envs as envs
 from vllm import _custom_ops as ops
 from vllm.model_executor.kernels.int8_triton import (
     dot4,
@@ -220,6 +221,8 @@ class FewTokensInt8ScaledMMLinearKernel(CutlassInt8ScaledMMLinearKernel):
             return False, "requires CUDA."
         if not current_platform.is_device_capability(90):
             return False, "was measured on Hopper alone."
+        if envs.VLLM_BATCH_INVARIANT:
+            return False, "rounds halves as upstream's kernels for more tokens do not."
         return True, None
 
     @classmethod

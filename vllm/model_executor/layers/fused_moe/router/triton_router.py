@@ -8,6 +8,7 @@ experts that is no power of two with a kernel that looks at all of them for each
 from dataclasses import dataclass
 
 import torch
+import vllm.envs as envs
 from vllm.model_executor.kernels.int8_triton import launch, wait_for_inputs
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
@@ -16,8 +17,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 # Numbers of experts that are no power of two, but known to upstream's fast kernel.
 _KNOWN_TO_UPSTREAM = (192, 320, 384, 448, 576)
 _MOST_EXPERTS = 1024
-# A row of the weight that fits into a program's registers.
-_MOST_FEW_COLUMNS = 8192
+# Four rows of the weight fit into a program's registers.
+_MOST_FEW_COLUMNS = 4096
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def topk_sigmoid_kernel(
     choice = scores
     if HAS_BIAS:
         choice += bias
-    choice = tl.where(e < E, choice, float("-inf"))
+    # NaN compares with nothing: it would let what is beyond E win.
+    choice = tl.where((e < E) & (choice == choice), choice, float("-inf"))
     weights = tl.zeros((TOPK,), tl.float32)
     ids = tl.zeros((TOPK,), tl.int32)
     for i in range(0, topk):
@@ -177,8 +179,14 @@ def _is_hopper() -> bool:
 
 def serves_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `router_logits` computes x [M, K] times weight [E, K]: on Hopper, where
-    it was measured."""
-    return _is_hopper() and x.dtype == torch.bfloat16 and weight.dtype == torch.float32
+    it was measured, unless a token's logits are not to depend on the batch."""
+    return (
+        _is_hopper()
+        and not envs.VLLM_BATCH_INVARIANT
+        and x.dtype == torch.bfloat16
+        and weight.dtype == torch.float32
+        and x.shape[-1] == weight.shape[-1]
+    )
 
 
 def serves_choice(gating_output: torch.Tensor) -> bool:
@@ -282,7 +290,8 @@ def topk_sigmoid(
 
     The bias only moves the choice: weights are the scores without it, divided by their
     sum if `renormalize`. Of equal scores the lower id wins; experts come in descending
-    order.
+    order. A score that is NaN is never chosen; of a token that has no other, expert 0
+    is, with the weight NaN.
 
     Args:
         topk_weights: [M, topk] float32, written.
