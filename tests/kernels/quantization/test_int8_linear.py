@@ -192,3 +192,14 @@ def test_is_chosen_on_hopper(
         monkeypatch.setattr(module, "current_platform", here)
     kernel = linear.init_int8_linear_kernel(True, False, symmetric, "a test")
     assert type(kernel).__name__ == found
+
+
+def test_is_not_chosen_where_batches_are_not_to_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It rounds halves of steps otherwise than upstream's for more tokens."""
+    for module in (linear, int8_few_tokens, cutlass):
+        monkeypatch.setattr(module, "current_platform", pretended.cuda(9, 0))
+    monkeypatch.setattr(int8_few_tokens.envs, "VLLM_BATCH_INVARIANT", True)
+    kernel = linear.init_int8_linear_kernel(True, False, True, "a test")
+    assert type(kernel).__name__ == "CutlassInt8ScaledMMLinearKernel"
