@@ -26,9 +26,9 @@ import shutil
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -96,13 +96,15 @@ class Settings:
         return self.work / "jobs"
 
 
-class Found(NamedTuple):
-    """What a part has found so far."""
+@dataclass(frozen=True)
+class Found:
+    """What a part has found since it last told."""
 
-    rows: list[report.Row]
-    starts: list[dict[str, Any]]
-    profiles: dict[str, Any]  # by build and phase, what `summarize` says
-    memory: dict[str, Any]  # by build, torch's at most
+    rows: list[report.Row] = field(default_factory=list)
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    # By build and phase, what `summarize` says.
+    profiles: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)  # by build, torch's at most
 
 
 def cell(batch: int, prompt_tokens: int) -> dict[str, int]:
@@ -208,7 +210,7 @@ def measure_serving(settings: Settings) -> Generator[Found, None, None]:
             for run in results(client, out, list(servers.values())):
                 runs.append(run)
                 if len(runs) == len(TURNS):
-                    yield Found(cell_rows(runs), [], {}, {})
+                    yield Found(rows=cell_rows(runs))
                     runs = []
 
 
@@ -257,7 +259,7 @@ def measure_offline(settings: Settings) -> Generator[Found, None, None]:
                     samples[line["name"]][build.name] = line["samples"]
         start = describe_start(build, process, ready, peak)
         console.log(f"offline: {start}", highlight=False)
-        yield Found([], [start], {}, {})
+        yield Found(starts=[start])
     rows = [
         report.make_row(
             metric, samples[name], cells[name]["batch"], cells[name]["prompt_tokens"]
@@ -267,7 +269,7 @@ def measure_offline(settings: Settings) -> Generator[Found, None, None]:
             ("throughput", report.THROUGHPUT),
         )
     ]
-    yield Found(rows, [], {}, {})
+    yield Found(rows=rows)
 
 
 def measure_profile(settings: Settings) -> Generator[Found, None, None]:
@@ -291,7 +293,7 @@ def measure_profile(settings: Settings) -> Generator[Found, None, None]:
                     reserved, allocated = line["torch_gib"]
         memory = {"reserved_gib": reserved, "allocated_gib": allocated}
         console.log(f"profile: {memory}", highlight=False)
-        yield Found([], [], {build.name: found}, {build.name: memory})
+        yield Found(profiles={build.name: found}, memory={build.name: memory})
 
 
 def phase(line: dict[str, Any]) -> dict[str, Any]:

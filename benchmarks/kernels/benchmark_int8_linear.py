@@ -15,7 +15,6 @@ for each shape, prints the best, and writes nothing.
 import argparse
 import datetime
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.benchmark_int8_moe import measure_limits, time_us
+from benchmarks.serving.report import save
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,9 @@ def measure(out: Path) -> None:
         "copy_tbps": round(copy_tbps, 3),
         "rows": rows,
     }
-    folder = out / chip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "int8_linear.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, folder / "int8_linear.png")
+    path = out / chip / "int8_linear.json"
+    save(path, result)
+    plot(result, path.with_suffix(".png"))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

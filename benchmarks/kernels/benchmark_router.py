@@ -14,15 +14,14 @@ product for each number of tokens, prints the best, and writes nothing.
 import argparse
 import datetime
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import vllm._custom_ops  # noqa: F401  (loads upstream's operators)
 from torch import Tensor
-from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.router import triton_router
 from vllm.model_executor.layers.fused_moe.router.triton_router import (
     FewTiles,
@@ -31,6 +30,7 @@ from vllm.model_executor.layers.fused_moe.router.triton_router import (
 )
 
 from benchmarks.kernels.benchmark_int8_moe import time_us
+from benchmarks.serving.report import save
 
 EXPERTS, HIDDEN, TOPK = 288, 4096, 8
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
@@ -99,7 +99,6 @@ def sweep(tokens: list[int]) -> None:
 
 def measure(out: Path, tokens: list[int]) -> None:
     upstreams_choice = torch.ops._moe_C.topk_sigmoid
-    assert ops is not None  # which loads upstream's operators
     chip = torch.cuda.get_device_name().replace(" ", "_")
     weights, bias = make_weights(), torch.randn(EXPERTS, device="cuda")
     rows: list[dict[str, Any]] = []
@@ -126,10 +125,9 @@ def measure(out: Path, tokens: list[int]) -> None:
             flush=True,
         )
     result = {"chip": chip, "date": datetime.date.today().isoformat(), "rows": rows}
-    folder = out / chip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "router.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, folder / "router.png")
+    path = out / chip / "router.json"
+    save(path, result)
+    plot(result, path.with_suffix(".png"))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

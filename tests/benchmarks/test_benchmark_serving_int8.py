@@ -197,7 +197,7 @@ def test_merge_replaces_rows_of_the_same_key() -> None:
     assert report.merge(old, new, key) == [old[0], new[0], new[1]]
     # A part that adds to the same file keeps what another has found.
     result: dict[str, Any] = {"rows": old, "starts": []}
-    benchmark.add(result, benchmark.Found(new, [], {}, {}))
+    benchmark.add(result, benchmark.Found(rows=new))
     assert result["rows"] == [new[0], new[1], old[0]]
 
 

@@ -25,11 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
 from vllm.model_executor.layers.fused_moe import int8_moe
-from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
-    Architecture,
-    choose_config,
-    choose_few_config,
-)
+from vllm.model_executor.layers.fused_moe.int8_moe_configs import Architecture
 from vllm.model_executor.layers.fused_moe.router import triton_router
 
 TARGETS: dict[str, tuple[GPUTarget, Architecture]] = {
@@ -56,6 +52,36 @@ def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
+def run_experts(
+    architecture: Architecture,
+    num_tokens: int,
+    topk: int,
+    num_ids: int,
+    hidden_size: int,
+    width: int,
+    num_ranks: int = 1,
+) -> None:
+    """The fused MoE on tensors without memory; one of num_ranks has its share."""
+    num_experts = num_ids // num_ranks
+    int8_moe.run_int8_experts(
+        int8_moe.choose(architecture, num_tokens, topk, num_ids, hidden_size, width),
+        empty(num_tokens, hidden_size, dtype=torch.bfloat16),
+        empty(num_experts, 2 * width, hidden_size, dtype=torch.int8),
+        empty(num_experts, hidden_size, width, dtype=torch.int8),
+        empty(num_tokens, topk),
+        empty(num_tokens, topk, dtype=torch.int32),
+        None,
+        False,
+        empty(num_ids, dtype=torch.int32) if num_ranks > 1 else None,
+        empty(num_experts, 2 * width, 1),
+        empty(num_experts, hidden_size, 1),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
 def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
     found = []
 
@@ -69,25 +95,7 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
 
     int8_moe.launch = int8_few_tokens.launch = triton_router.launch = record
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
-        pairs = num_tokens * TOPK
-        few = choose_few_config(architecture, num_tokens, TOPK, EXPERTS, width, HIDDEN)
-        int8_moe.run_int8_experts(
-            few or choose_config(architecture, pairs, EXPERTS, width),
-            empty(num_tokens, HIDDEN, dtype=torch.bfloat16),
-            empty(EXPERTS, 2 * width, HIDDEN, dtype=torch.int8),
-            empty(EXPERTS, HIDDEN, width, dtype=torch.int8),
-            empty(num_tokens, TOPK),
-            empty(num_tokens, TOPK, dtype=torch.int32),
-            None,
-            False,
-            None,
-            empty(EXPERTS, 2 * width, 1),
-            empty(EXPERTS, HIDDEN, 1),
-            None,
-            None,
-            None,
-            None,
-        )
+        run_experts(architecture, num_tokens, TOPK, EXPERTS, HIDDEN, width)
     for n, k in LINEAR:
         tiles = int8_few_tokens.choose_tiles(1, n, k)
         assert tiles

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.platforms import current_platform
+from vllm.model_executor.kernels.int8_triton import is_hopper
 
 from tests.engine import Answers
 from tests.models import step3p5_reference
 
 # Where the INT8 MoE's own kernels serve; elsewhere upstream's does.
-HOPPER = current_platform.is_cuda() and current_platform.is_device_capability(90)
+HOPPER = is_hopper()
 FIXTURES = Path(__file__).parents[1] / "fixtures/step3p5-tiny"
 EXPORT, BF16 = FIXTURES / "int8-3key", FIXTURES / "bf16"
 NUM_TOKENS = 6

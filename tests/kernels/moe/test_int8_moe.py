@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from vllm.model_executor.kernels import int8_triton
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.fused_moe import int8_moe
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -447,7 +448,7 @@ def test_quark_method_uses_it(
         is_cuda=lambda: is_cuda,
         is_device_capability=lambda asked: asked == capability,
     )
-    for module in (quark_moe, int8_moe):
+    for module in (quark_moe, int8_triton):
         monkeypatch.setattr(module, "current_platform", platform)
     monkeypatch.setattr(fused_moe, "fused_experts", lambda *_, **__: "upstream's")
     method = QuarkW8A8Int8MoEMethod.__new__(QuarkW8A8Int8MoEMethod)

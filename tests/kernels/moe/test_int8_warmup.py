@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 from triton import JITFunction
 from vllm.config import CUDAGraphMode
@@ -18,11 +17,9 @@ from vllm.model_executor.layers.quantization.quark.quark_moe import (
 from vllm.model_executor.warmup import int8_warmup, kernel_warmup
 from vllm.model_executor.warmup.int8_warmup import Experts, warmup_sizes
 
+from tests.kernels.compile_int8 import run_experts
+
 MAX_TOKENS = 8192
-
-
-def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
 
 
 class Launches:
@@ -53,27 +50,7 @@ class Launches:
     def run(self, num_tokens: int, experts: Experts) -> set[Any]:
         """One of eight ranks' experts."""
         self.found = set()
-        topk, num_ids, hidden, width, _ = experts
-        local = num_ids // 8
-        int8_moe.run_int8_experts(
-            int8_moe.choose(
-                self.architecture, num_tokens, topk, num_ids, hidden, width
-            ),
-            empty(num_tokens, hidden, dtype=torch.bfloat16),
-            empty(local, 2 * width, hidden, dtype=torch.int8),
-            empty(local, hidden, width, dtype=torch.int8),
-            empty(num_tokens, topk),
-            empty(num_tokens, topk, dtype=torch.int32),
-            None,
-            False,
-            empty(num_ids, dtype=torch.int32),
-            empty(local, 2 * width, 1),
-            empty(local, hidden, 1),
-            None,
-            None,
-            None,
-            None,
-        )
+        run_experts(self.architecture, num_tokens, *experts[:4], num_ranks=8)
         return self.found
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
+from vllm.model_executor.kernels import int8_triton
 from vllm.model_executor.layers.fused_moe.router import triton_router
 from vllm.model_executor.layers.fused_moe.router.triton_router import (
     FewTiles,
@@ -159,7 +160,7 @@ def test_scores_that_are_nan_are_not_chosen() -> None:
 def test_serves_hopper_where_upstream_is_slow(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_router, "current_platform", pretended.cuda(*capability))
+    monkeypatch.setattr(int8_triton, "current_platform", pretended.cuda(*capability))
     hopper = capability == (9, 0)
 
     def logits(experts: int) -> Tensor:
@@ -191,7 +192,7 @@ def test_leaves_logits_that_are_not_to_depend_on_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Upstream's product: ours adds up in another order for more tokens."""
-    monkeypatch.setattr(triton_router, "current_platform", pretended.cuda(9, 0))
+    monkeypatch.setattr(int8_triton, "current_platform", pretended.cuda(9, 0))
     x = torch.empty(1, 4, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(3, 4, device="meta")
     assert triton_router.serves_product(x, weight)

@@ -5,6 +5,7 @@ MoE, and of its router."""
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 
 
@@ -88,6 +89,11 @@ def quantize_token(x, static_scale_ptr, STATIC: tl.constexpr):
         scale = tl.div_rn(absmax, 127.0)
         words = pack4(quantize(x, absmax))
     return words, scale
+
+
+def is_hopper() -> bool:
+    """Whether this is a Hopper GPU, where the kernels were measured."""
+    return current_platform.is_cuda() and current_platform.is_device_capability(90)
 
 
 def num_sms(x: torch.Tensor) -> int:

@@ -4,7 +4,12 @@
 from typing import Any
 
 import torch
-from vllm.model_executor.kernels.int8_triton import has_dot4, launch, num_sms
+from vllm.model_executor.kernels.int8_triton import (
+    has_dot4,
+    is_hopper,
+    launch,
+    num_sms,
+)
 from vllm.model_executor.layers.fused_moe import int8_moe_kernels as kernels
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
@@ -20,7 +25,6 @@ from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
     choose_few_config,
     get_architecture,
 )
-from vllm.platforms import current_platform
 from vllm.triton_utils import triton
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -38,12 +42,7 @@ _MOST_PAIRS = 4096
 def serves(moe: FusedMoEConfig) -> bool:
     """Whether the engine applies these INT8 experts with the kernels of this module:
     on Hopper, where they were measured, unless --moe-backend asks for others."""
-    return (
-        moe.moe_backend == "auto"
-        and current_platform.is_cuda()
-        and current_platform.is_device_capability(90)
-        and moe.activation in ACTIVATIONS
-    )
+    return moe.moe_backend == "auto" and is_hopper() and moe.activation in ACTIVATIONS
 
 
 def int8_fused_experts(

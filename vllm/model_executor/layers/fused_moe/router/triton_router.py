@@ -6,11 +6,11 @@ experts that is no power of two with a kernel that looks at all of them for each
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import vllm.envs as envs
-from vllm.model_executor.kernels.int8_triton import launch, wait_for_inputs
-from vllm.platforms import current_platform
+from vllm.model_executor.kernels.int8_triton import is_hopper, launch, wait_for_inputs
 from vllm.triton_utils import tl, triton
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -173,15 +173,11 @@ def topk_sigmoid_kernel(
     tl.store(token_expert_indices_ptr + out, j * num_tokens + token, mask=j < topk)
 
 
-def _is_hopper() -> bool:
-    return current_platform.is_cuda() and current_platform.is_device_capability(90)
-
-
 def serves_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `router_logits` computes x [M, K] times weight [E, K]: on Hopper, where
     it was measured, unless a token's logits are not to depend on the batch."""
     return (
-        _is_hopper()
+        is_hopper()
         and not envs.VLLM_BATCH_INVARIANT
         and x.dtype == torch.bfloat16
         and weight.dtype == torch.float32
@@ -194,7 +190,7 @@ def serves_choice(gating_output: torch.Tensor) -> bool:
     measured, among numbers of experts for which upstream has no kernel of one pass."""
     num_experts = gating_output.shape[1]
     return (
-        _is_hopper()
+        is_hopper()
         and num_experts & (num_experts - 1) != 0
         and num_experts not in _KNOWN_TO_UPSTREAM
         and num_experts <= _MOST_EXPERTS
@@ -222,26 +218,22 @@ def run_product(
     out = x.new_empty((num_tokens, num_experts), dtype=torch.float32)
     blocks = triton.cdiv(num_tokens, tiles.block_m)
     expert_blocks = triton.cdiv(num_experts, tiles.block_e)
+    kernel: Any
+    grid: tuple[int, ...]
+    options: dict[str, Any]
     if isinstance(tiles, FewTiles):
-        launch(
-            router_few_kernel,
-            (expert_blocks, blocks),
-            x.is_cuda,
-            x,
-            weight,
-            out,
-            num_tokens,
-            num_experts,
-            hidden_size,
-            BLOCK_M=tiles.block_m,
-            BLOCK_E=tiles.block_e,
-            BLOCK_K=triton.next_power_of_2(hidden_size),
-            num_warps=tiles.num_warps,
+        kernel, grid = router_few_kernel, (expert_blocks, blocks)
+        options = dict(BLOCK_K=triton.next_power_of_2(hidden_size))
+    else:
+        kernel, grid = router_kernel, (blocks * expert_blocks,)
+        options = dict(
+            BLOCK_K=tiles.block_k,
+            OPERAND=tl.bfloat16 if x.is_cuda else tl.float32,
+            num_stages=tiles.num_stages,
         )
-        return out
     launch(
-        router_kernel,
-        (blocks * expert_blocks,),
+        kernel,
+        grid,
         x.is_cuda,
         x,
         weight,
@@ -251,10 +243,8 @@ def run_product(
         hidden_size,
         BLOCK_M=tiles.block_m,
         BLOCK_E=tiles.block_e,
-        BLOCK_K=tiles.block_k,
-        OPERAND=tl.bfloat16 if x.is_cuda else tl.float32,
         num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **options,
     )
     return out
 
