@@ -16,6 +16,7 @@ TOOLS_READY := .venv/.tools
 LINT_READY := .venv/.lint
 FORK_READY := .venv/.fork-$(TARGET)
 WHEEL := build/wheel-$(TARGET)
+# Not the tuned configs: make cannot name files with `=`. After a sweep remove build/wheel-*.
 WHEEL_SOURCES := setup.py UPSTREAM.toml $(wildcard tools/*.py) \
     $(shell find patches vllm -type f -not -path '*/__pycache__/*' -not -name '*=*')
 # A ROCm image brings torch, triton and AITER of its own; the environment must see them.

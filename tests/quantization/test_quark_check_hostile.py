@@ -130,7 +130,7 @@ def test_offsets_overlap_or_run_past_the_end(offsets, files, tmp_path):
         run.check(write(tmp_path, files))
 
 
-def test_names_are_shown_harmless(files, tmp_path, capsys):
+def test_names_are_shown_harmless(files, tmp_path):
     """Control characters cannot reach the terminal, nor rich's markup be obeyed."""
     evil = "model.\x1b[2J\x1b]0;x\x07.[bold]..\u202e../../etc/passwd.q_proj"
     header, payload = unpack(files[SHARD])

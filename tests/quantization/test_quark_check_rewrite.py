@@ -602,9 +602,7 @@ def test_what_was_killed_goes_on(
         shutil.rmtree(out.with_name("out.partial"), ignore_errors=True)
 
 
-def test_what_was_written_is_not_written_again(
-    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_was_written_is_not_written_again(source: Path, out: Path):
     total = count_events(lambda: print(rewrite(source, out, "stacked")))
     shutil.rmtree(out)
     work = out.with_name("out.partial") / "checkpoint"

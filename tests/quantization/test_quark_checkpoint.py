@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from vllm.model_executor.layers.quantization.quark.checkpoint import (
     INDEX,
     CheckpointError,
+    LocalFiles,
     read_checkpoint,
-    read_header,
 )
 
 NAMES = ["a.weight", "b.weight", "c.weight"]
@@ -191,6 +191,11 @@ def test_tensor_in_two_files(folder):
         read_checkpoint(folder)
 
 
-def test_unreadable_file(tmp_path):
-    with pytest.raises(CheckpointError, match="readable file"):
-        read_header(tmp_path / "model.safetensors")
+def test_unreadable_file(folder, monkeypatch):
+    def fail(*_):
+        raise OSError("Input/output error")
+
+    (folder / INDEX).unlink()
+    monkeypatch.setattr(LocalFiles, "read", fail)
+    with pytest.raises(CheckpointError, match=f"{FIRST}.*readable file.*Input/output"):
+        read_checkpoint(folder)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels import int8_triton, linear
 from vllm.model_executor.kernels.linear.scaled_mm import cutlass, int8_few_tokens
 from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
     Tiles,
@@ -188,7 +188,7 @@ def test_is_chosen_on_hopper(
 ) -> None:
     """Where it was measured, for the activations that it quantizes."""
     here = pretended.cuda(*capability)
-    for module in (linear, int8_few_tokens, cutlass):
+    for module in (linear, int8_triton, cutlass):
         monkeypatch.setattr(module, "current_platform", here)
     kernel = linear.init_int8_linear_kernel(True, False, symmetric, "a test")
     assert type(kernel).__name__ == found
@@ -198,7 +198,7 @@ def test_is_not_chosen_where_batches_are_not_to_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It rounds halves of steps otherwise than upstream's for more tokens."""
-    for module in (linear, int8_few_tokens, cutlass):
+    for module in (linear, int8_triton, cutlass):
         monkeypatch.setattr(module, "current_platform", pretended.cuda(9, 0))
     monkeypatch.setattr(int8_few_tokens.envs, "VLLM_BATCH_INVARIANT", True)
     kernel = linear.init_int8_linear_kernel(True, False, True, "a test")

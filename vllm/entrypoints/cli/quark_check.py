@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm quark-check`: say what will happen to a Quark INT8 checkpoint.
 
-Needs neither vLLM nor torch: in a checkout `python -m vllm.entrypoints.cli.quark_check`
-does the same, and so does `python <this file>` anywhere, beside any vLLM.
+Needs neither vLLM nor torch: in a checkout `python <this file>` does the same, beside
+any vLLM or none.
 """
 
 import argparse

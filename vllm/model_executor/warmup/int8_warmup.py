@@ -2,8 +2,7 @@
 """Compile a model's Triton kernels before the first request, if it has INT8 experts.
 
 Their tiles depend on the number of tokens. The profile run and the capture of CUDA
-graphs reach some choices; without this the others are compiled, seconds each, while
-requests wait.
+graphs reach some choices; without this the others are compiled while requests wait.
 """
 
 import bisect

@@ -754,7 +754,7 @@ def sum_topk_kernel(
 
 
 @triton.jit
-def _load_gate_up(w_ptr, n, N, words, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_gate_up(w_ptr, n, N, words, BLOCK_K: tl.constexpr):
     """Rows n of an expert's gate and up projections, in words of four int8."""
     k = tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * words + k[None, :]
@@ -811,7 +811,7 @@ def w13_few_kernel(
     w13_ptr += expert * 2 * N * words
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if not TURNS:
-        w_gate, w_up = _load_gate_up(w13_ptr, n, N, words, BLOCK_N, BLOCK_K)
+        w_gate, w_up = _load_gate_up(w13_ptr, n, N, words, BLOCK_K)
     token = pair // topk
     x_offsets = token.to(tl.int64) * K + k[:, None] * 4 + tl.arange(0, 4)[None, :]
     x = tl.load(x_ptr + x_offsets, mask=(k < words)[:, None], other=0.0).to(tl.float32)
@@ -830,7 +830,7 @@ def w13_few_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         rows = expert * 2 * N + n
         if TURNS:
-            w_gate, w_up = _load_gate_up(w13_ptr, n, N, words, BLOCK_N, BLOCK_K)
+            w_gate, w_up = _load_gate_up(w13_ptr, n, N, words, BLOCK_K)
         gate = tl.sum(dot4(w_gate, xq, zeros, DOT4), axis=1).to(tl.float32)
         up = tl.sum(dot4(w_up, xq, zeros, DOT4), axis=1).to(tl.float32)
         if PER_CHANNEL:

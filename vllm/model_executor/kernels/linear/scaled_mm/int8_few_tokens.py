@@ -14,6 +14,7 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.kernels.int8_triton import (
     dot4,
     has_dot4,
+    is_hopper,
     launch,
     num_sms,
     quantize_token,
@@ -25,7 +26,6 @@ from vllm.model_executor.kernels.linear.scaled_mm.cutlass import (
 from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
     Int8ScaledMMLinearLayerConfig,
 )
-from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -217,9 +217,7 @@ class FewTokensInt8ScaledMMLinearKernel(CutlassInt8ScaledMMLinearKernel):
     def is_supported(
         cls, compute_capability: int | None = None
     ) -> tuple[bool, str | None]:
-        if not current_platform.is_cuda():
-            return False, "requires CUDA."
-        if not current_platform.is_device_capability(90):
+        if not is_hopper():
             return False, "was measured on Hopper alone."
         if envs.VLLM_BATCH_INVARIANT:
             return False, "rounds halves as upstream's kernels for more tokens do not."

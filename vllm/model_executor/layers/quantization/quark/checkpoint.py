@@ -175,16 +175,8 @@ class LocalFiles:
             return stream.read(max(count, 0))
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, by name. Raises CheckpointError."""
-    try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise misfit(file, "a readable file", str(error), DOWNLOAD_AGAIN) from None
-    return _read_header(file, size, LocalFiles(file.parent))
-
-
 def _read_header(file: Path, size: int, files: Files) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, by name. Raises CheckpointError."""
     try:
         length = int.from_bytes(files.read(file.name, 0, 8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):

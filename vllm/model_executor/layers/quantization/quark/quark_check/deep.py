@@ -160,7 +160,7 @@ def _is_int8(module: Module) -> bool:
 class _Scales:
     """The scales of one weight [rows, columns] of a module that has `count`."""
 
-    def __init__(self, tensor: TensorInfo, index: int, count: int, rows: int) -> None:
+    def __init__(self, tensor: TensorInfo, index: int, count: int) -> None:
         self.tensor = tensor
         self.each = math.prod(tensor.shape) // count
         self.first = index * self.each
@@ -173,7 +173,7 @@ class _Scales:
         if tensor is None or tensor.dtype not in stored.FLOATS:
             return None
         fits = math.prod(tensor.shape) in (count, count * rows)
-        return cls(tensor, index, count, rows) if fits else None
+        return cls(tensor, index, count) if fits else None
 
     def read(self, row: int, height: int) -> NDArray:
         """float64 [height], or [1] where one scale is for all rows."""
