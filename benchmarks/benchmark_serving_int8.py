@@ -7,8 +7,8 @@ FOLDER holds a stock build of vLLM, with the patches 0001 to 0003, to be put on
 PYTHONPATH. Writes a random checkpoint with the widths of Step-3.5-Flash and few layers,
 and measures in parts, each of which may be a call of its own:
 
-- serve: both servers on the GPU at the same time; `vllm bench serve` for each batch and length
-  of prompts in the turns stock, fork, fork, stock
+- serve: both servers on the GPU at the same time; `vllm bench serve` for each batch and
+  length of prompts in the turns stock, fork, fork, stock
 - offline: an engine of each build by itself; loading, memory, `vllm bench latency`,
   `vllm bench throughput`
 - profile: where the GPU time of a decode step and of a prefill goes; torch's memory
