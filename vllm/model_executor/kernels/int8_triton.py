@@ -108,6 +108,15 @@ def has_dot4(x: torch.Tensor) -> bool:
     return x.is_cuda and not torch.version.hip
 
 
+def has_pdl(x: torch.Tensor) -> bool:
+    """Whether a kernel on x may be launched while the one before it ends."""
+    return (
+        x.is_cuda
+        and not torch.version.hip
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    )
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], pdl: bool, *args: Any, **options: Any
 ) -> None:

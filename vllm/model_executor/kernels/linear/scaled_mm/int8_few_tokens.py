@@ -14,6 +14,7 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.kernels.int8_triton import (
     dot4,
     has_dot4,
+    has_pdl,
     is_hopper,
     launch,
     num_sms,
@@ -142,11 +143,10 @@ def run_int8_linear(
     out = x.new_empty(num_tokens, num_rows)
     most = tiles.programs * num_sms(x) // num_tokens
     programs = min(triton.cdiv(num_rows, tiles.block_n), max(1, most))
-    is_nvidia = has_dot4(x)
     launch(
         int8_linear_kernel,
         (programs, num_tokens),
-        is_nvidia and torch.cuda.get_device_capability(x.device) >= (9, 0),
+        has_pdl(x),
         x,
         input_scale,
         weight.view(torch.int32),
@@ -160,7 +160,7 @@ def run_int8_linear(
         STATIC=input_scale is not None,
         PER_CHANNEL=weight_scale.numel() != 1,
         HAS_BIAS=bias is not None,
-        DOT4=is_nvidia,
+        DOT4=has_dot4(x),
         num_warps=tiles.num_warps,
     )
     return out

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 import vllm.envs as envs
-from vllm.model_executor.kernels.int8_triton import is_hopper, launch, wait_for_inputs
+from vllm.model_executor.kernels.int8_triton import (
+    has_pdl,
+    is_hopper,
+    launch,
+    wait_for_inputs,
+)
 from vllm.triton_utils import tl, triton
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -234,7 +239,7 @@ def run_product(
     launch(
         kernel,
         grid,
-        x.is_cuda,
+        has_pdl(x),
         x,
         weight,
         out,
@@ -297,7 +302,7 @@ def topk_sigmoid(
     launch(
         topk_sigmoid_kernel,
         (num_tokens,),
-        gating_output.is_cuda,
+        has_pdl(gating_output),
         topk_weights,
         topk_ids,
         token_expert_indices,
