@@ -5,8 +5,8 @@
 
 Runs the fused MoE on tensors without memory, at Step-3.5-Flash's shape, whole and cut
 to an eighth of the width, and numbers of tokens that reach every choice of tiles; then
-linear layers of few tokens and the router, with each choice of tiles; and compiles each
-launch. Prints a JSON list.
+linear layers of few tokens, gated and not, and the router, with each choice of tiles;
+and compiles each launch. Prints a JSON list.
 """
 
 import itertools
@@ -96,17 +96,15 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
     int8_moe.launch = int8_few_tokens.launch = triton_router.launch = record
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
         run_experts(architecture, num_tokens, TOPK, EXPERTS, HIDDEN, width)
-    for n, k in LINEAR:
+    for (n, k), heads in itertools.product(LINEAR, (0, 32)):
         tiles = int8_few_tokens.choose_tiles(1, n, k)
         assert tiles
-        int8_few_tokens.run_int8_linear(
-            tiles,
-            empty(1, k, dtype=torch.bfloat16),
-            empty(n, k, dtype=torch.int8),
-            empty(n, 1),
-            None,
-            None,
-        )
+        x = empty(1, k, dtype=torch.bfloat16)
+        gate = empty(1, heads, dtype=torch.bfloat16) if heads else None
+        weight = empty(n, k, dtype=torch.int8)
+        int8_few_tokens.run_int8_linear(tiles, x, weight, empty(n, 1), None, None, gate)
+        if gate is not None:
+            int8_few_tokens.run_gate_and_quantize(x, None, gate)
     for num_tokens in ROUTER_TOKENS:
         x = empty(num_tokens, HIDDEN, dtype=torch.bfloat16)
         logits = triton_router.router_logits(x, empty(ROUTER_EXPERTS, HIDDEN))

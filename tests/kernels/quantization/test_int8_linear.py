@@ -114,6 +114,57 @@ def test_the_same_bits_whoever_shares_the_batch(rng: torch.Generator) -> None:
         assert torch.equal(found[0], alone)
 
 
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """Float64, one head after the other."""
+    heads = gate.shape[1]
+    by_head = x.double().view(x.shape[0], heads, -1)
+    return (by_head * gate.double().sigmoid()[..., None]).view(x.shape)
+
+
+@interpreted
+@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_heads_are_gated_before_they_are_quantized(
+    static: bool, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    """Both kernels, against float64: a step of an int8 at most, and rarely one."""
+    input_scale = torch.tensor(1 / 64, device=DEVICE) if static else None
+    for num_tokens, heads, head_dim in ((1, 1, 16), (3, 4, 48), (2, 6, 128)):
+        k, n = heads * head_dim, 33
+        x = torch.randn(num_tokens, k, generator=rng).to(dtype).to(DEVICE)
+        gate = torch.randn(num_tokens, heads, generator=rng).to(dtype).to(DEVICE)
+        wanted, wanted_scale = quantize(gated(x, gate), input_scale)
+        xq, x_scale = int8_few_tokens.run_gate_and_quantize(x, input_scale, gate)
+        assert (xq.double() - wanted).abs().max() <= 1
+        assert (xq.double() != wanted).double().mean() <= 0.01
+        torch.testing.assert_close(x_scale.double(), wanted_scale, rtol=1e-6, atol=0.0)
+        weight = random_int8(n, k, rng=rng).to(DEVICE)
+        scale = random_scales(n, 1, rng=rng).to(DEVICE)
+        out = run_int8_linear(Tiles(4, 4, 2), x, weight, scale, input_scale, None, gate)
+        # The same numbers as by way of int8.
+        reference = xq.double() @ weight.double().T * x_scale * scale.double().T
+        torch.testing.assert_close(
+            out.double(),
+            reference,
+            rtol=max(torch.finfo(dtype).eps, 1e-6),
+            atol=1e-6 * reference.abs().max().item(),
+        )
+
+
+@interpreted
+def test_gate_of_a_head_moves_that_head_alone(rng: torch.Generator) -> None:
+    x = torch.randn(2, 64, generator=rng).to(DEVICE)
+    input_scale = torch.tensor(1 / 64, device=DEVICE)
+    gate = torch.zeros(2, 4, device=DEVICE)
+    before, _ = int8_few_tokens.run_gate_and_quantize(x, input_scale, gate)
+    gate[1, 2] = -100
+    after, _ = int8_few_tokens.run_gate_and_quantize(x, input_scale, gate)
+    assert torch.equal(after[1, 32:48], torch.zeros_like(after[1, 32:48]))
+    after[1, 32:48] = before[1, 32:48]
+    assert torch.equal(after, before)
+
+
 @interpreted
 def test_operator_takes_it_for_few_tokens_alone(
     rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
@@ -132,11 +183,11 @@ def test_operator_takes_it_for_few_tokens_alone(
     monkeypatch.setattr(int8_few_tokens.ops, "cutlass_scaled_mm", upstreams)
     monkeypatch.setattr(int8_few_tokens.ops, "scaled_int8_quant", quantized)
 
-    def run(*size: int, n: int = 32) -> Tensor:
+    def run(*size: int, n: int = 32, gate: Tensor | None = None) -> Tensor:
         x = random_rows(*size, dtype=torch.float32, rng=rng)
         weight = random_int8(n, size[-1], rng=rng).to(DEVICE).t()
         scale = random_scales(n, 1, rng=rng).to(DEVICE)
-        return int8_few_tokens.int8_linear(x, weight, scale, None, None)
+        return int8_few_tokens.int8_linear(x, weight, scale, None, None, gate)
 
     for size in ((1, 64), (4, 64), (1, 4, 64)):
         out = run(*size)
@@ -149,6 +200,13 @@ def test_operator_takes_it_for_few_tokens_alone(
     wide = run(2, 4, 64)
     assert wide.shape == (2, 4, 32)
     assert asked == [(8, 64)]
+    asked.clear()
+    # With a gate tokens are quantized here, few or many.
+    monkeypatch.delattr(int8_few_tokens.ops, "scaled_int8_quant")
+    out = run(5, 64, gate=torch.zeros(5, 4, device=DEVICE))
+    assert asked.pop() == (5, 64) and (out == 7).all()
+    open_ = run(1, 1, 64, gate=torch.full((1, 1, 4), 100.0, device=DEVICE))
+    assert open_.shape == (1, 1, 32) and not asked
 
 
 def test_large_weights_are_read_for_fewer_tokens() -> None:

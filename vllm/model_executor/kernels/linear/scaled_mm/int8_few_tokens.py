@@ -63,12 +63,14 @@ def _load_rows(w_ptr, n, k, N, words):
 def int8_linear_kernel(
     x_ptr,
     x_static_scale_ptr,
+    gate_ptr,
     w_ptr,
     w_scale_ptr,
     bias_ptr,
     out_ptr,
     N,
     K,
+    HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STATIC: tl.constexpr,
@@ -78,6 +80,9 @@ def int8_linear_kernel(
     PDL: tl.constexpr,
 ):
     """x [M, K] quantized, times w [N, K], to out [M, N].
+
+    With HEAD_DIM, a multiple of 4, the columns of each head are multiplied before with
+    the sigmoid of its gate [M, K / HEAD_DIM].
 
     A program has one token and takes blocks of BLOCK_N rows in turn. It asks for its
     next block while it multiplies one, and for the first before the kernel before has
@@ -95,6 +100,12 @@ def int8_linear_kernel(
     wait_for_inputs(PDL)
     x_offsets = token * K + k[:, None] * 4 + tl.arange(0, 4)[None, :]
     x = tl.load(x_ptr + x_offsets, mask=(k < words)[:, None], other=0.0).to(tl.float32)
+    if HEAD_DIM:
+        head = k * 4 // HEAD_DIM
+        gate = tl.load(
+            gate_ptr + token * (K // HEAD_DIM) + head, mask=k < words, other=0.0
+        )
+        x *= tl.sigmoid(gate.to(tl.float32))[:, None]
     xq, x_scale = quantize_token(x, x_static_scale_ptr, STATIC)
     xq = tl.broadcast_to(xq[None, :], (BLOCK_N, BLOCK_K))
     zeros = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
@@ -113,6 +124,39 @@ def int8_linear_kernel(
         tl.store(out_ptr + token * N + n, out, mask=n < N)
         w = following
         n += step
+
+
+@triton.jit
+def gate_and_quantize_kernel(
+    x_ptr,
+    x_static_scale_ptr,
+    gate_ptr,
+    xq_ptr,
+    scale_ptr,
+    K,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATIC: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x [M, K] times the sigmoid of its heads' gate [M, K / HEAD_DIM], quantized.
+
+    To xq [M, K] int8 and, unless STATIC, scale [M] float32. A program has a token;
+    BLOCK_K >= K / 4 words of four. Moves 3 K bytes a token.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    mask = k * 4 < K
+    offsets = k[:, None] * 4 + tl.arange(0, 4)[None, :]
+    wait_for_inputs(PDL)
+    x = tl.load(x_ptr + token * K + offsets, mask=mask[:, None], other=0.0)
+    gate_row = gate_ptr + token * (K // HEAD_DIM)
+    gate = tl.load(gate_row + k * 4 // HEAD_DIM, mask=mask, other=0.0)
+    x = x.to(tl.float32) * tl.sigmoid(gate.to(tl.float32))[:, None]
+    words, scale = quantize_token(x, x_static_scale_ptr, STATIC)
+    tl.store(xq_ptr + token * (K // 4) + k, words, mask=mask)
+    if not STATIC:
+        tl.store(scale_ptr + token, scale)
 
 
 def choose_tiles(num_tokens: int, num_rows: int, num_columns: int) -> Tiles | None:
@@ -136,6 +180,7 @@ def run_int8_linear(
     weight_scale: torch.Tensor,
     input_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`int8_linear` for x [M, K] and weight [N, K], both contiguous."""
     num_tokens, num_columns = x.shape
@@ -149,12 +194,14 @@ def run_int8_linear(
         has_pdl(x),
         x,
         input_scale,
+        gate,
         weight.view(torch.int32),
         weight_scale,
         bias,
         out,
         num_rows,
         num_columns,
+        HEAD_DIM=0 if gate is None else num_columns // gate.shape[1],
         BLOCK_N=tiles.block_n,
         BLOCK_K=triton.next_power_of_2(num_columns) // 4,
         STATIC=input_scale is not None,
@@ -166,12 +213,39 @@ def run_int8_linear(
     return out
 
 
+def run_gate_and_quantize(
+    x: torch.Tensor, input_scale: torch.Tensor | None, gate: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] times the sigmoid of gate [M, heads], both contiguous: int8, and scales
+    [M, 1] float32 or input_scale."""
+    num_tokens, num_columns = x.shape
+    xq = torch.empty_like(x, dtype=torch.int8)
+    scale = x.new_empty((num_tokens, 1), dtype=torch.float32)
+    launch(
+        gate_and_quantize_kernel,
+        (num_tokens,),
+        has_dot4(x) and torch.cuda.get_device_capability(x.device) >= (9, 0),
+        x,
+        input_scale,
+        gate,
+        xq.view(torch.int32),
+        scale,
+        num_columns,
+        HEAD_DIM=num_columns // gate.shape[1],
+        BLOCK_K=triton.next_power_of_2(num_columns) // 4,
+        STATIC=input_scale is not None,
+        num_warps=8,
+    )
+    return xq, scale if input_scale is None else input_scale
+
+
 def int8_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     input_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Quantize x and multiply it with an INT8 weight.
 
@@ -182,20 +256,28 @@ def int8_linear(
         input_scale: float32 scalar of static activations, None for dynamic per-token
             ones.
         bias: [N] or None.
+        gate: [..., heads] or None: x is multiplied before with the sigmoid of its
+            heads' gates, in float32. K / heads is a multiple of 4.
 
     Returns:
-        [..., N] like x. Integer sums are exact. With few tokens x * (127 / max(abs(x)))
-        is rounded once, halves to even; with more upstream's operators run.
+        [..., N] like x. Integer sums are exact. With few tokens, and with a gate, x *
+        (127 / max(abs(x))) is rounded once, halves to even; else upstream's operators
+        run.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     num_rows = weight.shape[1]
+    if gate is not None:
+        gate = gate.reshape(rows.shape[0], -1).contiguous()
     tiles = choose_tiles(rows.shape[0], num_rows, rows.shape[1])
     if tiles and weight.t().is_contiguous():
         out = run_int8_linear(
-            tiles, rows.contiguous(), weight.t(), weight_scale, input_scale, bias
+            tiles, rows, weight.t(), weight_scale, input_scale, bias, gate
         )
     else:
-        xq, x_scale, _ = ops.scaled_int8_quant(rows.contiguous(), input_scale)
+        if gate is None:
+            xq, x_scale, _ = ops.scaled_int8_quant(rows, input_scale)
+        else:
+            xq, x_scale = run_gate_and_quantize(rows, input_scale, gate)
         out = ops.cutlass_scaled_mm(xq, weight, x_scale, weight_scale, x.dtype, bias)
     return out.view(*x.shape[:-1], num_rows)
 

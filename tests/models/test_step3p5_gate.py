@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step-3.5's attention gates its heads where its INT8 output layer quantizes them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.kernels.linear.scaled_mm import int8_gated
+from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
+    FewTokensInt8ScaledMMLinearKernel,
+)
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.models.step3p5 import Step3p5Attention
+
+HEADS, HEAD_DIM = 3, 4
+
+
+def attend(attention: Tensor, gate: Tensor) -> Tensor:
+    """Upstream's `forward`, of which nothing but the gate and o_proj does anything."""
+    size = HEADS * HEAD_DIM
+    parts: dict[str, Any] = {
+        "qkv_proj": lambda x: (torch.zeros(len(x), 3 * size), None),
+        "q_norm": lambda x: x,
+        "k_norm": lambda x: x,
+        "use_rope": False,
+        "attn": lambda q, k, v: attention,
+        "use_head_wise_attn_gate": True,
+        "g_proj": lambda x: (gate, None),
+        "o_proj": lambda x: (x, None),
+    }
+    sizes = {"q_size": size, "kv_size": size, "num_heads": HEADS, "head_dim": HEAD_DIM}
+    module = SimpleNamespace(**parts, **sizes)
+    return Step3p5Attention.forward(module, torch.arange(2), torch.zeros(2, 8))
+
+
+def test_attention_hands_its_gate_over(
+    monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    """Patch 0025: instead of what upstream does, wherever it serves."""
+    attention = torch.randn(2, HEADS * HEAD_DIM, generator=rng)
+    gate = torch.randn(2, HEADS, generator=rng)
+    expected = attend(attention, gate)
+    by_head = attention.view(2, HEADS, HEAD_DIM) * gate.sigmoid()[..., None]
+    torch.testing.assert_close(expected, by_head.flatten(1))
+    asked = []
+
+    def gated_linear(layer: Any, x: Tensor, gate: Tensor) -> str:
+        asked.append((layer(1), x, gate))
+        return "out"
+
+    monkeypatch.setattr(int8_gated, "serves_gate", lambda layer: True)
+    monkeypatch.setattr(int8_gated, "gated_linear", gated_linear)
+    assert attend(attention, gate) == "out"
+    [(layers, x, its_gate)] = asked
+    assert layers == (1, None) and x is attention and its_gate is gate
+
+
+def make_layer(**changes: Any) -> Any:
+    """A row-parallel layer with INT8 weights, as far as these functions look."""
+    layer: Any = RowParallelLinear.__new__(RowParallelLinear)
+    nn.Module.__init__(layer)
+    kernel = object.__new__(FewTokensInt8ScaledMMLinearKernel)
+    kernel._get_layer_params = lambda of: ("weight", "scale", None, None, None)
+    about: dict[str, Any] = {
+        "scheme": SimpleNamespace(kernel=kernel),
+        "input_is_parallel": True,
+        "bias": None,
+        "reduce_results": True,
+        "tp_size": 1,
+    }
+    for name, value in (about | changes).items():
+        setattr(layer, name, value)
+    return layer
+
+
+def test_serves_row_parallel_layers_of_its_kernel() -> None:
+    assert int8_gated.serves_gate(make_layer())
+    assert not int8_gated.serves_gate(make_layer(input_is_parallel=False))
+    assert not int8_gated.serves_gate(make_layer(bias=nn.Parameter(torch.zeros(1))))
+    others = SimpleNamespace(kernel=object())
+    assert not int8_gated.serves_gate(make_layer(scheme=others))
+    assert not int8_gated.serves_gate(make_layer(scheme=None))
+    # What is around a layer, LoRA's for one, has more to do.
+    around = nn.Module()
+    around.scheme = make_layer().scheme
+    assert not int8_gated.serves_gate(around)
+    assert not int8_gated.serves_gate(
+        ColumnParallelLinear.__new__(ColumnParallelLinear)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [({}, 1), ({"tp_size": 2}, 2), ({"tp_size": 2, "reduce_results": False}, 1)],
+)
+def test_ranks_add_up(
+    changes: dict[str, Any], factor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def int8_linear(*arguments: Any) -> Tensor:
+        asked.append(arguments)
+        return torch.ones(1)
+
+    monkeypatch.setattr(torch.ops.vllm, "int8_linear", int8_linear)
+    monkeypatch.setattr(int8_gated, "tensor_model_parallel_all_reduce", lambda x: 2 * x)
+    out = int8_gated.gated_linear(make_layer(**changes), "x", "gate")  # type: ignore
+    assert asked == [("x", "weight", "scale", None, None, "gate")]
+    assert out.item() == factor

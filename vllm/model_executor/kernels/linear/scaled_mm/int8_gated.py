@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An INT8 linear layer behind attention whose heads are gated, in the layer's kernels.
+
+A gate of its own reads and writes all of attention's output before it is quantized.
+"""
+
+import torch
+from torch import nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
+    FewTokensInt8ScaledMMLinearKernel,
+)
+from vllm.model_executor.layers.linear import RowParallelLinear
+
+
+def serves_gate(layer: nn.Module) -> bool:
+    """Whether `gated_linear` computes this layer: a row-parallel one without bias, to
+    which the kernel of INT8 linear layers on Hopper belongs, and nothing around it."""
+    if type(layer) is not RowParallelLinear:
+        return False
+    kernel = getattr(getattr(layer, "scheme", None), "kernel", None)
+    return (
+        isinstance(kernel, FewTokensInt8ScaledMMLinearKernel)
+        and bool(layer.input_is_parallel)
+        and layer.bias is None
+    )
+
+
+def gated_linear(
+    layer: RowParallelLinear, x: torch.Tensor, gate: torch.Tensor
+) -> torch.Tensor:
+    """The layer's output for x [..., K] times the sigmoid of its heads' gate [...,
+    heads], of which upstream rounds the product to the dtype of x, this nothing."""
+    kernel: FewTokensInt8ScaledMMLinearKernel = layer.scheme.kernel
+    weight, weight_scale, input_scale, _, _ = kernel._get_layer_params(layer)
+    out = torch.ops.vllm.int8_linear(x, weight, weight_scale, input_scale, None, gate)
+    if layer.reduce_results and layer.tp_size > 1:
+        out = tensor_model_parallel_all_reduce(out)
+    return out
