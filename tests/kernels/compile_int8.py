@@ -5,8 +5,8 @@
 
 Runs the fused MoE on tensors without memory, at Step-3.5-Flash's shape, whole and cut
 to an eighth of the width, and numbers of tokens that reach every choice of tiles; then
-linear layers of few tokens, gated and not, and the router, with each choice of tiles;
-and compiles each launch. Prints a JSON list.
+linear layers of few tokens, gated and not, and the router, with each choice of tiles,
+and heads that are normalized and rotated; and compiles each launch. Prints a JSON list.
 """
 
 import itertools
@@ -27,6 +27,7 @@ from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
 from vllm.model_executor.layers.fused_moe import int8_moe
 from vllm.model_executor.layers.fused_moe.int8_moe_configs import Architecture
 from vllm.model_executor.layers.fused_moe.router import triton_router
+from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
 
 TARGETS: dict[str, tuple[GPUTarget, Architecture]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), "cuda"),
@@ -38,10 +39,12 @@ EXPERTS, HIDDEN, TOPK = 36, 4096, 8
 WIDTHS = (1280, 160)
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 LINEAR = ((1792, 1536), (5120, 2048), (14336, 4096), (4096, 8192), (4096, 12288))
+HEADS, HEAD_DIM = ((64, 64), (96, 128)), 128
 ROUTER_TOKENS, ROUTER_EXPERTS = (1, 4, 16, 4096), 288
 TYPES = {
     torch.int8: "*i8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
 }
@@ -93,7 +96,8 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
             options["launch_pdl"] = True
         found.append((kernel, args, options | {"PDL": pdl}))
 
-    int8_moe.launch = int8_few_tokens.launch = triton_router.launch = record
+    for module in (int8_moe, int8_few_tokens, triton_router, qk_norm_rope):
+        module.launch = record
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
         run_experts(architecture, num_tokens, TOPK, EXPERTS, HIDDEN, width)
     for (n, k), heads in itertools.product(LINEAR, (0, 32)):
@@ -112,6 +116,18 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
         bias = empty(ROUTER_EXPERTS)
         triton_router.topk_sigmoid(
             empty(num_tokens, TOPK), ids, rows, logits, True, bias
+        )
+    for num_heads, rotary_dim in HEADS:
+        weight = empty(HEAD_DIM, dtype=torch.bfloat16)
+        qk_norm_rope.qk_norm_rope(
+            empty(1, (num_heads + 16) * HEAD_DIM, dtype=torch.bfloat16),
+            empty(1, dtype=torch.int64),
+            empty(9, rotary_dim, dtype=torch.bfloat16),
+            weight,
+            weight,
+            1e-5,
+            num_heads,
+            8,
         )
     return found
 
@@ -139,6 +155,8 @@ def compile_launch(target: GPUTarget, kernel: Any, args: tuple, options: dict) -
             signature[name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = f"tensordesc<i8{value.block_shape}>"
     source = ASTSource(kernel, signature, constants, attributes)

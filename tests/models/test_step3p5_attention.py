@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step-3.5's attention gates its heads where its INT8 output layer quantizes them."""
+"""Step-3.5's attention asks kernels of ours: before it for queries and keys, after it
+where its INT8 output layer quantizes its heads with their gate."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,27 +14,63 @@ from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
     FewTokensInt8ScaledMMLinearKernel,
 )
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
 from vllm.model_executor.models.step3p5 import Step3p5Attention
 
 HEADS, HEAD_DIM = 3, 4
 
 
-def attend(attention: Tensor, gate: Tensor) -> Tensor:
-    """Upstream's `forward`, of which nothing but the gate and o_proj does anything."""
+def run(qkv: Tensor, attn: Any, gate: Tensor) -> Tensor:
+    """Upstream's `forward`, of which nothing but these and o_proj does anything."""
     size = HEADS * HEAD_DIM
-    parts: dict[str, Any] = {
-        "qkv_proj": lambda x: (torch.zeros(len(x), 3 * size), None),
-        "q_norm": lambda x: x,
-        "k_norm": lambda x: x,
-        "use_rope": False,
-        "attn": lambda q, k, v: attention,
-        "use_head_wise_attn_gate": True,
-        "g_proj": lambda x: (gate, None),
-        "o_proj": lambda x: (x, None),
-    }
-    sizes = {"q_size": size, "kv_size": size, "num_heads": HEADS, "head_dim": HEAD_DIM}
-    module = SimpleNamespace(**parts, **sizes)
+    module = SimpleNamespace(
+        qkv_proj=lambda x: (qkv, None),
+        q_size=size,
+        kv_size=size,
+        num_heads=HEADS,
+        head_dim=HEAD_DIM,
+        q_norm=lambda x: x,
+        k_norm=lambda x: x,
+        use_rope=False,
+        attn=attn,
+        use_head_wise_attn_gate=True,
+        g_proj=lambda x: (gate, None),
+        o_proj=lambda x: (x, None),
+    )
+    module.attend = partial(Step3p5Attention.attend, module)
     return Step3p5Attention.forward(module, torch.arange(2), torch.zeros(2, 8))
+
+
+def test_attention_takes_queries_and_keys(
+    monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    """Patch 0026: instead of upstream's norms and rotation, wherever it serves."""
+    qkv = torch.randn(2, 3 * HEADS * HEAD_DIM, generator=rng)
+    gate = torch.full((2, HEADS), torch.inf)
+    taken = []
+
+    def attn(*arguments: Tensor) -> Tensor:
+        taken.append(arguments)
+        return arguments[0]
+
+    run(qkv, attn, gate)
+    monkeypatch.setattr(qk_norm_rope, "serves", lambda layer, x: x is qkv)
+    monkeypatch.setattr(
+        qk_norm_rope,
+        "queries_and_keys",
+        lambda layer, positions, x: (x[:, :12] + positions[:, None], x[:, 12:24] + 3),
+    )
+    run(qkv, attn, gate)
+    (q, k, v), (our_q, our_k, our_v) = taken
+    torch.testing.assert_close(torch.cat([q, k, v], 1), qkv, rtol=0, atol=0)
+    torch.testing.assert_close(our_q, q + torch.arange(2)[:, None])
+    torch.testing.assert_close(our_k, k + 3)
+    assert torch.equal(our_v, v)
+
+
+def attend(attention: Tensor, gate: Tensor) -> Tensor:
+    """`forward` with this output of attention."""
+    return run(torch.zeros(2, 3 * HEADS * HEAD_DIM), lambda q, k, v: attention, gate)
 
 
 def test_attention_hands_its_gate_over(

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalize and rotate the heads of queries and keys in one pass.
+
+Upstream's operator of this kind multiplies by a weight in the model's dtype; that of
+Gemma's norm, which Step-3.5 has, is 1 + w in float32.
+"""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.kernels.int8_triton import is_hopper, launch, wait_for_inputs
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.triton_utils import tl, triton
+from vllm.utils.torch_utils import direct_register_custom_op
+
+_HEADS_A_PROGRAM = 16
+
+
+@triton.jit(do_not_specialize=["NUM_HEADS", "NUM_KV_HEADS"])
+def qk_norm_rope_kernel(
+    qkv_ptr,
+    positions_ptr,
+    cos_sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    q_ptr,
+    k_ptr,
+    eps,
+    row_stride,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    BLOCK_H: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A token's BLOCK_H heads, queries or keys, a program.
+
+    A head has 2 HALF columns that are rotated, column c with c + HALF, and REST that
+    are not. Reads and writes 2 (NUM_HEADS + NUM_KV_HEADS) (2 HALF + REST) bytes a
+    token. Positions are older than the kernel before, which makes qkv: their cosines
+    are on their way while that one ends.
+    """
+    D: tl.constexpr = 2 * HALF + REST
+    token = tl.program_id(0).to(tl.int64)
+    q_blocks = tl.cdiv(NUM_HEADS, BLOCK_H)
+    x_ptr = qkv_ptr + token * row_stride
+    if tl.program_id(1) < q_blocks:
+        first = tl.program_id(1) * BLOCK_H
+        heads = NUM_HEADS
+        weight_ptr = q_weight_ptr
+        out_ptr = q_ptr + token * NUM_HEADS * D
+    else:
+        first = (tl.program_id(1) - q_blocks) * BLOCK_H
+        heads = NUM_KV_HEADS
+        x_ptr += NUM_HEADS * D
+        weight_ptr = k_weight_ptr
+        out_ptr = k_ptr + token * NUM_KV_HEADS * D
+    c = tl.arange(0, HALF)
+    w1 = 1.0 + tl.load(weight_ptr + c).to(tl.float32)
+    w2 = 1.0 + tl.load(weight_ptr + HALF + c).to(tl.float32)
+    cos_sin_ptr += tl.load(positions_ptr + token) * (2 * HALF)
+    cos = tl.load(cos_sin_ptr + c).to(tl.float32)[None, :]
+    sin = tl.load(cos_sin_ptr + HALF + c).to(tl.float32)[None, :]
+    wait_for_inputs(PDL)
+
+    h = first + tl.arange(0, BLOCK_H)
+    mask = (h < heads)[:, None]
+    offsets = h[:, None] * D + c[None, :]
+    x1 = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
+    squares = tl.sum(x1 * x1 + x2 * x2, axis=1)
+    if REST:
+        r = tl.arange(0, REST)
+        rest_offsets = h[:, None] * D + 2 * HALF + r[None, :]
+        rest = tl.load(x_ptr + rest_offsets, mask=mask, other=0.0).to(tl.float32)
+        squares += tl.sum(rest * rest, axis=1)
+    inverse = tl.rsqrt(squares / D + eps)[:, None]
+    # Rounded, as the norm's output is that upstream rotates.
+    dtype = out_ptr.dtype.element_ty
+    x1 = (x1 * inverse * w1[None, :]).to(dtype).to(tl.float32)
+    x2 = (x2 * inverse * w2[None, :]).to(dtype).to(tl.float32)
+    tl.store(out_ptr + offsets, (x1 * cos - x2 * sin).to(dtype), mask=mask)
+    tl.store(out_ptr + offsets + HALF, (x2 * cos + x1 * sin).to(dtype), mask=mask)
+    if REST:
+        w_rest = 1.0 + tl.load(weight_ptr + 2 * HALF + r).to(tl.float32)
+        rest = (rest * inverse * w_rest[None, :]).to(dtype)
+        tl.store(out_ptr + rest_offsets, rest, mask=mask)
+
+
+def serves(attention: Any, qkv: torch.Tensor) -> bool:
+    """Whether `queries_and_keys` does what upstream does to qkv in this layer: rotates
+    halves of heads by a table, in sizes that are powers of two; on Hopper alone."""
+    if not (is_hopper() and attention.use_rope):
+        return False
+    rotary_emb = attention.rotary_emb
+    half = rotary_emb.rotary_dim // 2
+    rest = rotary_emb.head_size - rotary_emb.rotary_dim
+    return (
+        isinstance(rotary_emb, RotaryEmbedding)
+        and type(rotary_emb).forward_native is RotaryEmbedding.forward_native
+        and rotary_emb.is_neox_style
+        and half & (half - 1) == 0
+        and rest & (rest - 1) == 0
+        and qkv.dim() == 2
+        and qkv.dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+def queries_and_keys(
+    attention: Any, positions: torch.Tensor, qkv: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`qk_norm_rope` with what a layer of Step-3.5's attention holds."""
+    return torch.ops.vllm.qk_norm_rope(
+        qkv,
+        positions,
+        attention.rotary_emb._match_cos_sin_cache_dtype(qkv),
+        attention.q_norm.weight,
+        attention.k_norm.weight,
+        attention.q_norm.variance_epsilon,
+        attention.num_heads,
+        attention.num_kv_heads,
+    )
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of qkv, each head normalized and then rotated.
+
+    A head x becomes x / sqrt(mean(x**2) + eps) * (1 + weight) in float32, rounded; of
+    that the first columns are rotated by the token's position in float32, column c with
+    c + rotary_dim / 2, and rounded.
+
+    Args:
+        qkv: [M, (num_heads + 2 num_kv_heads) head_dim], bfloat16 or float16.
+        positions: [M], integer, rows of the table.
+        cos_sin_cache: [positions, rotary_dim], the cosines, then the sines; rotary_dim
+            <= head_dim, half of it and what is left of a head powers of two.
+        q_weight, k_weight: [head_dim].
+
+    Returns:
+        Queries [M, num_heads head_dim] and keys [M, num_kv_heads head_dim], like qkv.
+    """
+    num_tokens, columns = qkv.shape
+    head_dim = columns // (num_heads + 2 * num_kv_heads)
+    rotary_dim = cos_sin_cache.shape[1]
+    q = qkv.new_empty(num_tokens, num_heads * head_dim)
+    k = qkv.new_empty(num_tokens, num_kv_heads * head_dim)
+    if num_tokens == 0:
+        return q, k
+    blocks = triton.cdiv(num_heads, _HEADS_A_PROGRAM)
+    blocks += triton.cdiv(num_kv_heads, _HEADS_A_PROGRAM)
+    launch(
+        qk_norm_rope_kernel,
+        (num_tokens, blocks),
+        qkv.is_cuda,
+        qkv,
+        positions,
+        cos_sin_cache,
+        q_weight,
+        k_weight,
+        q,
+        k,
+        eps,
+        qkv.stride(0),
+        num_heads,
+        num_kv_heads,
+        BLOCK_H=_HEADS_A_PROGRAM,
+        HALF=rotary_dim // 2,
+        REST=head_dim - rotary_dim,
+        num_warps=4,
+    )
+    return q, k
+
+
+def _qk_norm_rope_fake(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+    return (
+        qkv.new_empty(qkv.shape[0], num_heads * head_dim),
+        qkv.new_empty(qkv.shape[0], num_kv_heads * head_dim),
+    )
+
+
+direct_register_custom_op("qk_norm_rope", qk_norm_rope, fake_impl=_qk_norm_rope_fake)
