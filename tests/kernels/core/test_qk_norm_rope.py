@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads of queries and keys normalized and rotated in one pass, against float64.
 
-On a GPU if there is one, else in Triton's interpreter, which cuts bfloat16 off where GPUs
-round, so that it takes the other dtypes.
+On a GPU if there is one, else in Triton's interpreter, which cuts bfloat16 off where
+GPUs round, so that it takes the other dtypes.
 """
 
 import os
@@ -178,7 +178,7 @@ def test_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile asks `serves` and finds the operator, without a graph break."""
     monkeypatch.setattr(int8_triton, "current_platform", pretended.cuda(9, 0))
     rope = RotaryEmbedding(16, 16, 8, 10000, True, torch.bfloat16)
-    layer = torch.nn.Module()
+    layer: Any = torch.nn.Module()
     layer.rotary_emb, layer.use_rope = rope, True
     layer.q_norm, layer.k_norm = GemmaRMSNorm(16, EPS), GemmaRMSNorm(16, EPS)
     layer.num_heads, layer.num_kv_heads = 2, 1

@@ -312,6 +312,31 @@ def test_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+@pytest.mark.parametrize("config", ["thin", "wide", "boxes", "narrow", "narrow-wide"])
+def test_parts_of_the_output_make_all_of_it(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no room at once is made in parts, of which the last is narrower."""
+    case = Case(hidden=144, bias=True, present=(0, 1, 2, 5))
+    layer = make(case)
+    with tiles(CONFIGS[config], monkeypatch):
+        at_once = run(layer, case)
+        monkeypatch.setattr(int8_moe, "_PART_BYTES", case.num_tokens * case.top_k * 200)
+        monkeypatch.setattr(int8_moe, "_PART_COLUMNS", 32)
+        assert int8_moe.columns_at_once(case.num_tokens * case.top_k, 144, 4) == 64
+        assert torch.equal(run(layer, case), at_once)
+    check(at_once, reference(layer, case))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "columns"),
+    [(1, 4096), (4096, 4096), (4097, 2048), (8192, 2048), (16384, 1024), (10**7, 512)],
+)
+def test_room_of_pairs_does_not_grow(num_tokens: int, columns: int) -> None:
+    """Up to 256 MiB at once, in parts of whole tiles: 4096 tokens of top 8."""
+    assert int8_moe.columns_at_once(num_tokens * 8, 4096, 2) == columns
+
+
 def test_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest sums: saturation would cut them off."""
     case = Case(hidden=1024, width=16, num_tokens=2, top_k=1, ids=(0,))

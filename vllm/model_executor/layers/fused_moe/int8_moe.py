@@ -38,6 +38,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PART = 256
 _MOST_PAIRS = 4096
 
+# What pairs' outputs may take before their sum: 4096 tokens of top 8, hidden size 4096.
+# Each part reads the int8 pairs again, 1280 bytes for 8192 written and read.
+_PART_BYTES = 256 << 20
+_PART_COLUMNS = 512
+
 
 def serves(moe: FusedMoEConfig) -> bool:
     """Whether the engine applies these INT8 experts with the kernels of this module:
@@ -326,9 +331,9 @@ def run_int8_experts(
     # have held a larger one, and what outlives this layer would keep it cut.
     # The first product is read for the last time before the second is written.
     rows = most_tiles(num_pairs, num_experts, block_m) * block_m
-    memory = x.new_empty(max(rows * width, num_pairs * hidden_size))
+    columns = columns_at_once(num_pairs, hidden_size, x.element_size())
+    memory = x.new_empty(max(rows * width, num_pairs * columns))
     h = memory[: rows * width].view(rows, width)
-    y = memory[: num_pairs * hidden_size].view(num_pairs, hidden_size)
     hq, h_scale = _empty_quantized(rows, width, x)
     tiles, xq, x_scale = prepare(
         x, a13_scale, topk_ids, expert_map, num_experts, config
@@ -380,66 +385,84 @@ def run_int8_experts(
     )
 
     p = config.w2
-    w2_args = (
-        h_scale,
-        _boxes(w2.view(-1, width), p.block_w, p.block_k) if p.tma_w else w2,
-        w2_scale,
-        w2_bias,
-        topk_weights,
-        *tiles,
-        y,
-        num_pairs,
-        hidden_size,
-        width,
-    )
-    if p.blocks:
-        launch(
-            kernels.w2_narrow_kernel,
-            (max_tiles * triton.cdiv(hidden_size, p.block_w * p.blocks),),
-            pdl,
-            hq,
-            *w2_args,
-            BLOCK_M=block_m,
-            BLOCK_N=p.block_w,
-            BLOCK_K=p.block_k,
-            BLOCKS=p.blocks,
-            SWAP=p.swap,
-            TMA_W=p.tma_w,
-            STAGES=p.num_stages,
-            num_warps=p.num_warps,
-            **second,
-        )
-    else:
-        _launch_product(
-            kernels.w2_kernel,
-            p,
-            max_tiles * triton.cdiv(hidden_size, p.block_w),
-            pdl,
-            _boxes(hq, block_m, p.block_k) if p.tma_a else hq,
-            *w2_args,
-            BLOCK_M=block_m,
-            BLOCK_N=p.block_w,
-            EVEN_K=width % p.block_k == 0,
-            TMA_A=p.tma_a,
-            **second,
-        )
+    pairs_h = _boxes(hq, block_m, p.block_k) if p.tma_a else hq
+    weights = _boxes(w2.view(-1, width), p.block_w, p.block_k) if p.tma_w else w2
     out = torch.empty_like(x)
-    block_k = min(triton.next_power_of_2(hidden_size), 1024)
-    launch(
-        kernels.sum_topk_kernel,
-        (num_tokens, triton.cdiv(hidden_size, block_k)),
-        pdl,
-        y,
-        *routing,
-        out,
-        num_ids,
-        hidden_size,
-        TOPK=topk,
-        BLOCK_K=block_k,
-        HAS_EXPERT_MAP=has_map,
-        num_warps=4,
-    )
+    for start in range(0, hidden_size, columns):
+        end = min(start + columns, hidden_size)
+        y = memory[: num_pairs * (end - start)].view(num_pairs, end - start)
+        w2_args = (
+            pairs_h,
+            h_scale,
+            weights,
+            w2_scale,
+            w2_bias,
+            topk_weights,
+            *tiles,
+            y,
+            num_pairs,
+            hidden_size,
+            width,
+            start,
+            end,
+        )
+        if p.blocks:
+            launch(
+                kernels.w2_narrow_kernel,
+                (max_tiles * triton.cdiv(end - start, p.block_w * p.blocks),),
+                pdl,
+                *w2_args,
+                BLOCK_M=block_m,
+                BLOCK_N=p.block_w,
+                BLOCK_K=p.block_k,
+                BLOCKS=p.blocks,
+                SWAP=p.swap,
+                TMA_W=p.tma_w,
+                STAGES=p.num_stages,
+                num_warps=p.num_warps,
+                **second,
+            )
+        else:
+            _launch_product(
+                kernels.w2_kernel,
+                p,
+                max_tiles * triton.cdiv(end - start, p.block_w),
+                pdl,
+                *w2_args,
+                BLOCK_M=block_m,
+                BLOCK_N=p.block_w,
+                EVEN_K=width % p.block_k == 0,
+                TMA_A=p.tma_a,
+                **second,
+            )
+        block_k = min(triton.next_power_of_2(end - start), 1024)
+        launch(
+            kernels.sum_topk_kernel,
+            (num_tokens, triton.cdiv(end - start, block_k)),
+            pdl,
+            y,
+            *routing,
+            out,
+            num_ids,
+            hidden_size,
+            start,
+            end,
+            TOPK=topk,
+            BLOCK_K=block_k,
+            HAS_EXPERT_MAP=has_map,
+            num_warps=4,
+        )
     return out
+
+
+def columns_at_once(num_pairs: int, hidden_size: int, element_size: int) -> int:
+    """Columns of the second product that are made, and added up, before the next ones:
+    all, or in equal parts so many that all pairs of them take no more than _PART_BYTES.
+    """
+    parts = triton.cdiv(num_pairs * hidden_size * element_size, _PART_BYTES)
+    if parts == 1:
+        return hidden_size
+    return triton.cdiv(triton.cdiv(hidden_size, parts), _PART_COLUMNS) * _PART_COLUMNS
 
 
 Tiles = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -584,6 +584,8 @@ def w2_kernel(
     num_pairs,
     N,
     K,
+    first_n,
+    end_n,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -598,17 +600,17 @@ def w2_kernel(
 ):
     """Down projection of each pair, scattered back to the order of pairs.
 
-    y [P, N] = hq @ w2.T, weighted by the router with WEIGH, in the model's dtype. Here
-    N counts the output's columns, the model's hidden size, and K the expert's width. A
-    tile is BLOCK_M pairs by BLOCK_N columns.
+    y [P, end_n - first_n] = (hq @ w2.T)[:, first_n:end_n], weighted by the router with
+    WEIGH, in the model's dtype. Here N counts the output's columns, the model's hidden
+    size, and K the expert's width. A tile is BLOCK_M pairs by BLOCK_N columns.
 
     Reads N K bytes an expert, and its pairs' K bytes once for each BLOCK_N columns
     (from L2); writes 2 N bytes a pair. 2 N K operations a pair.
     """
     wait_for_inputs(PDL)
-    num_n = tl.cdiv(N, BLOCK_N)
+    num_n = tl.cdiv(end_n - first_n, BLOCK_N)
     tile = tl.program_id(0) // num_n
-    n0 = tl.program_id(0) % num_n * BLOCK_N
+    n0 = first_n + tl.program_id(0) % num_n * BLOCK_N
     if tile >= tl.load(num_tiles_ptr):
         return
     expert, rows, pairs = _pairs_of(tile, tile_experts_ptr, sorted_pairs_ptr, BLOCK_M)
@@ -640,8 +642,9 @@ def w2_kernel(
     if WEIGH:
         weight = tl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
         y *= _along_a(weight.to(tl.float32), SWAP)
-    y_ptrs = y_ptr + _along_a(pairs.to(tl.int64), SWAP) * N + _along_w(n, SWAP)
-    mask = _along_a(is_pair, SWAP) & _along_w(n < N, SWAP)
+    y_rows = y_ptr + _along_a(pairs.to(tl.int64), SWAP) * (end_n - first_n)
+    y_ptrs = y_rows + _along_w(n - first_n, SWAP)
+    mask = _along_a(is_pair, SWAP) & _along_w(n < end_n, SWAP)
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -660,6 +663,8 @@ def w2_narrow_kernel(
     num_pairs,
     N,
     K,
+    first_n,
+    end_n,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -679,9 +684,9 @@ def w2_narrow_kernel(
     operations are those of `w2_kernel`, but pairs are read once for each BLOCKS blocks.
     """
     wait_for_inputs(PDL)
-    num_groups = tl.cdiv(N, BLOCK_N * BLOCKS)
+    num_groups = tl.cdiv(end_n - first_n, BLOCK_N * BLOCKS)
     tile = tl.program_id(0) // num_groups
-    first_n = tl.program_id(0) % num_groups * (BLOCK_N * BLOCKS)
+    start_n = first_n + tl.program_id(0) % num_groups * (BLOCK_N * BLOCKS)
     if tile >= tl.load(num_tiles_ptr):
         return
     expert, rows, pairs = _pairs_of(tile, tile_experts_ptr, sorted_pairs_ptr, BLOCK_M)
@@ -693,9 +698,12 @@ def w2_narrow_kernel(
     if WEIGH:
         weight = tl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
         weight = _along_a(weight.to(tl.float32), SWAP)
-    y_rows = y_ptr + _along_a(pairs.to(tl.int64), SWAP) * N
+    y_rows = y_ptr + _along_a(pairs.to(tl.int64), SWAP) * (end_n - first_n)
     for n0 in tl.range(
-        first_n, tl.minimum(first_n + BLOCK_N * BLOCKS, N), BLOCK_N, num_stages=STAGES
+        start_n,
+        tl.minimum(start_n + BLOCK_N * BLOCKS, end_n),
+        BLOCK_N,
+        num_stages=STAGES,
     ):
         n = n0 + tl.arange(0, BLOCK_N)
         w_rows = expert * N + tl.minimum(n, N - 1)
@@ -713,8 +721,8 @@ def w2_narrow_kernel(
             y += _along_w(tl.load(bias_ptr + w_rows).to(tl.float32), SWAP)
         if WEIGH:
             y *= weight
-        mask = _along_a(is_pair, SWAP) & _along_w(n < N, SWAP)
-        y_ptrs = y_rows + _along_w(n, SWAP)
+        mask = _along_a(is_pair, SWAP) & _along_w(n < end_n, SWAP)
+        y_ptrs = y_rows + _along_w(n - first_n, SWAP)
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -726,6 +734,8 @@ def sum_topk_kernel(
     out_ptr,
     num_ids,
     K,
+    first_k,
+    end_k,
     TOPK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_EXPERT_MAP: tl.constexpr,
@@ -733,10 +743,12 @@ def sum_topk_kernel(
 ):
     """Add up each token's pairs in float32, in their order; absent experts add nothing.
 
-    y [M * topk, K] to out [M, K]. Moves 2 K (topk + 1) bytes a token.
+    y [M * topk, end_k - first_k] to out [M, K][:, first_k:end_k]. Moves 2 K (topk + 1)
+    bytes a token.
     """
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
+    y_columns = end_k - first_k
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_K,), tl.float32)
     # Unrolled, so that all pairs are on their way at once.
@@ -745,12 +757,12 @@ def sum_topk_kernel(
         expert = _local_experts(
             topk_ids_ptr, expert_map_ptr, pair, pair >= 0, num_ids, HAS_EXPERT_MAP
         )
-        mask = (columns < K) & (expert >= 0)
-        total += tl.load(y_ptr + pair * K + columns, mask=mask, other=0.0).to(
-            tl.float32
-        )
+        mask = (columns < y_columns) & (expert >= 0)
+        y = tl.load(y_ptr + pair * y_columns + columns, mask=mask, other=0.0)
+        total += y.to(tl.float32)
     out = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * K + columns, out, mask=columns < K)
+    out_ptrs = out_ptr + token * K + first_k + columns
+    tl.store(out_ptrs, out, mask=columns < y_columns)
 
 
 @triton.jit
