@@ -13,7 +13,7 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.triton_utils import tl, triton
 from vllm.utils.torch_utils import direct_register_custom_op
 
-_HEADS_A_PROGRAM = 16
+_HEADS_A_PROGRAM, _NUM_WARPS = 16, 4
 
 
 @triton.jit(do_not_specialize=["NUM_HEADS", "NUM_KV_HEADS"])
@@ -176,7 +176,7 @@ def qk_norm_rope(
         BLOCK_H=_HEADS_A_PROGRAM,
         HALF=rotary_dim // 2,
         REST=head_dim - rotary_dim,
-        num_warps=4,
+        num_warps=_NUM_WARPS,
     )
     return q, k
 
