@@ -15,7 +15,7 @@ NORMS = "norms and elementwise"
 # The first that matches a kernel's name.
 KINDS = [
     # What torch.compile makes; the names list operators around it too.
-    (NORMS, r"^triton_(poi|red|per)_"),
+    (NORMS, r"^triton_(poi|red|per)_|^qk_norm_rope_|^gate_and_quantize_"),
     (
         "INT8 MoE",
         r"^(w13|w2)_(few_|narrow_)?kernel|^(prepare|count|scan|align)_kernel"

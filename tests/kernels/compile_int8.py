@@ -100,11 +100,11 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
     triton_router.launch = qk_norm_rope.launch = record
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
         run_experts(architecture, num_tokens, TOPK, EXPERTS, HIDDEN, width)
-    for (n, k), heads in itertools.product(LINEAR, (0, 32)):
+    for (n, k), is_gated in itertools.product(LINEAR, (False, True)):
         tiles = int8_few_tokens.choose_tiles(1, n, k)
         assert tiles
         x = empty(1, k, dtype=torch.bfloat16)
-        gate = empty(1, heads, dtype=torch.bfloat16) if heads else None
+        gate = empty(1, k // HEAD_DIM, dtype=torch.bfloat16) if is_gated else None
         weight = empty(n, k, dtype=torch.int8)
         int8_few_tokens.run_int8_linear(tiles, x, weight, empty(n, 1), None, None, gate)
         if gate is not None:

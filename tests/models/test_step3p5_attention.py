@@ -14,6 +14,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
     FewTokensInt8ScaledMMLinearKernel,
 )
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization.quark.quark import QuarkLinearMethod
 from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
 from vllm.model_executor.models.step3p5 import Step3p5Attention
 
@@ -102,6 +103,7 @@ def make_layer(**changes: Any) -> Any:
     kernel = object.__new__(FewTokensInt8ScaledMMLinearKernel)
     kernel._get_layer_params = lambda of: ("weight", "scale", None, None, None)
     about: dict[str, Any] = {
+        "quant_method": QuarkLinearMethod.__new__(QuarkLinearMethod),
         "scheme": SimpleNamespace(kernel=kernel),
         "input_is_parallel": True,
         "bias": None,
@@ -119,7 +121,9 @@ def test_serves_row_parallel_layers_of_its_kernel() -> None:
     assert not int8_gated.serves_gate(make_layer(bias=nn.Parameter(torch.zeros(1))))
     others = SimpleNamespace(kernel=object())
     assert not int8_gated.serves_gate(make_layer(scheme=others))
-    assert not int8_gated.serves_gate(make_layer(scheme=None))
+    assert not int8_gated.serves_gate(make_layer(scheme=SimpleNamespace()))
+    # One that transforms its input before, for one.
+    assert not int8_gated.serves_gate(make_layer(quant_method=object()))
     # What is around a layer, LoRA's for one, has more to do.
     around = nn.Module()
     around.scheme = make_layer().scheme

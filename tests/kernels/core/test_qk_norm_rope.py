@@ -6,6 +6,8 @@ GPUs round, so that it takes the other dtypes.
 """
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +66,7 @@ def make_weights(head_dim: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 @interpreted
+@pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "rotary_dim"),
@@ -76,6 +79,7 @@ def test_matches_float64(
     head_dim: int,
     rotary_dim: int,
     dtype: torch.dtype,
+    index: torch.dtype,
     rng: torch.Generator,
 ) -> None:
     """In rows that are parts of longer ones; what is not rotated too."""
@@ -83,7 +87,7 @@ def test_matches_float64(
     size = num_tokens, columns + 16
     wide = torch.randn(size, generator=rng, dtype=torch.float32).to(DEVICE, dtype)
     qkv = wide[:, :columns]
-    positions = torch.randint(50, (num_tokens,), generator=rng).to(DEVICE)
+    positions = torch.randint(50, (num_tokens,), generator=rng).to(DEVICE, index)
     cos_sin = make_rope(head_dim, rotary_dim, dtype).cos_sin_cache
     q_weight, k_weight = make_weights(head_dim, rng)
     before = wide.clone()
@@ -151,27 +155,39 @@ def layer_of(rotary_emb: Any, use_rope: bool = True) -> Any:
 
 def test_serves_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rotation of halves by a table alone; yarn's is one, with another table."""
-    qkv = torch.empty(1, 64, dtype=torch.bfloat16)
-    rope = RotaryEmbedding(16, 16, 8, 10000, True, torch.bfloat16)
+    dtype = torch.bfloat16
+    qkv = torch.empty(1, 64, dtype=dtype)
+    rope = RotaryEmbedding(16, 16, 8, 10000, True, dtype)
     assert not qk_norm_rope.serves(layer_of(rope), qkv)
     monkeypatch.setattr(int8_triton, "current_platform", pretended.cuda(8, 0))
     assert not qk_norm_rope.serves(layer_of(rope), qkv)
     monkeypatch.setattr(int8_triton, "current_platform", pretended.cuda(9, 0))
     yarn = YaRNScalingRotaryEmbedding(
-        16, 16, 8, 10000, True, scaling_factor=2, dtype=torch.bfloat16
+        16, 16, 8, 10000, True, scaling_factor=2, dtype=dtype
     )
     assert qk_norm_rope.serves(layer_of(rope), qkv)
     assert qk_norm_rope.serves(layer_of(yarn), qkv)
+    half = RotaryEmbedding(16, 16, 8, 10000, True, torch.float16)
+    assert qk_norm_rope.serves(layer_of(half), qkv.half())
     assert not qk_norm_rope.serves(layer_of(rope, use_rope=False), qkv)
-    assert not qk_norm_rope.serves(layer_of(rope), qkv.float())
     assert not qk_norm_rope.serves(layer_of(rope), qkv[None])
+    assert not qk_norm_rope.serves(layer_of(rope), qkv.half()), "another table"
+    single = RotaryEmbedding(16, 16, 8, 10000, True, torch.float32)
+    assert not qk_norm_rope.serves(layer_of(single), qkv.float())
     for other in (
-        RotaryEmbedding(16, 16, 8, 10000, False, torch.bfloat16),
-        RotaryEmbedding(16, 12, 8, 10000, True, torch.bfloat16),
-        RotaryEmbedding(28, 16, 8, 10000, True, torch.bfloat16),
-        MRotaryEmbedding(16, 16, 8, 10000, True, torch.bfloat16, [2, 3, 3]),
+        RotaryEmbedding(16, 16, 8, 10000, False, dtype),
+        RotaryEmbedding(16, 12, 8, 10000, True, dtype),
+        RotaryEmbedding(28, 16, 8, 10000, True, dtype),
+        MRotaryEmbedding(16, 16, 8, 10000, True, dtype, [2, 3, 3]),
+        rotated_otherwise(16, 16, 8, 10000, True, dtype),
+        torch.nn.Identity(),
     ):
         assert not qk_norm_rope.serves(layer_of(other), qkv)
+
+
+class rotated_otherwise(RotaryEmbedding):
+    def forward_native(self, *arguments: Any) -> Any:
+        raise NotImplementedError
 
 
 def test_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +215,13 @@ def test_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     [graph] = graphs
     assert torch.ops.vllm.qk_norm_rope in {node.target for node in graph.graph.nodes}
+
+
+def test_importing_the_model_is_enough() -> None:
+    """A graph from torch.compile's cache names the operator, and nothing else runs."""
+    code = (
+        "import torch, vllm.model_executor.models.step3p5\n"
+        "print(torch.ops.vllm.qk_norm_rope)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "vllm.qk_norm_rope" in done.stdout, done.stderr[-2000:]

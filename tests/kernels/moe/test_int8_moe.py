@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -319,22 +320,45 @@ def test_parts_of_the_output_make_all_of_it(
     """What has no room at once is made in parts, of which the last is narrower."""
     case = Case(hidden=144, bias=True, present=(0, 1, 2, 5))
     layer = make(case)
+    num_pairs = case.num_tokens * case.top_k
+    summed: list[int] = []
+    launch = int8_moe.launch
+
+    def count(kernel: Any, *arguments: Any, **options: Any) -> None:
+        if kernel is int8_moe.kernels.sum_topk_kernel:
+            y = arguments[2]
+            assert y.numel() * y.element_size() <= int8_moe._PART_BYTES
+            summed.append(y.shape[1])
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(int8_moe, "launch", count)
     with tiles(CONFIGS[config], monkeypatch):
         at_once = run(layer, case)
-        monkeypatch.setattr(int8_moe, "_PART_BYTES", case.num_tokens * case.top_k * 200)
+        monkeypatch.setattr(int8_moe, "_PART_BYTES", num_pairs * 4 * 70)
         monkeypatch.setattr(int8_moe, "_PART_COLUMNS", 32)
-        assert int8_moe.columns_at_once(case.num_tokens * case.top_k, 144, 4) == 64
         assert torch.equal(run(layer, case), at_once)
+    assert summed == [144, 64, 64, 16]
     check(at_once, reference(layer, case))
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "columns"),
-    [(1, 4096), (4096, 4096), (4097, 2048), (8192, 2048), (16384, 1024), (10**7, 512)],
+    ("num_tokens", "hidden", "columns"),
+    [
+        (1, 4096, 4096),
+        (4096, 4096, 4096),
+        (4097, 4096, 3584),
+        (8192, 4096, 2048),
+        (12288, 4096, 1024),
+        (28672, 4096, 512),
+        (75000, 256, 256),
+    ],
 )
-def test_room_of_pairs_does_not_grow(num_tokens: int, columns: int) -> None:
-    """Up to 256 MiB at once, in parts of whole tiles: 4096 tokens of top 8."""
-    assert int8_moe.columns_at_once(num_tokens * 8, 4096, 2) == columns
+def test_room_of_pairs_does_not_grow(
+    num_tokens: int, hidden: int, columns: int
+) -> None:
+    """Up to 32,768 tokens of top 8; beyond, 512 columns take what they take."""
+    assert int8_moe.columns_at_once(num_tokens * 8, hidden, 2) == columns
+    assert num_tokens > 32768 or num_tokens * 8 * columns * 2 <= 256 << 20
 
 
 def test_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:

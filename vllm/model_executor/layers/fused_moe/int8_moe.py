@@ -39,7 +39,7 @@ _PART = 256
 _MOST_PAIRS = 4096
 
 # What pairs' outputs may take before their sum: 4096 tokens of top 8, hidden size 4096.
-# Each part reads the int8 pairs again, 1280 bytes for 8192 written and read.
+# Each part reads the int8 pairs again, and takes whole tiles.
 _PART_BYTES = 256 << 20
 _PART_COLUMNS = 512
 
@@ -407,6 +407,7 @@ def run_int8_experts(
             end,
         )
         if p.blocks:
+            assert not p.tma_a
             launch(
                 kernels.w2_narrow_kernel,
                 (max_tiles * triton.cdiv(end - start, p.block_w * p.blocks),),
@@ -435,7 +436,8 @@ def run_int8_experts(
                 TMA_A=p.tma_a,
                 **second,
             )
-        block_k = min(triton.next_power_of_2(end - start), 1024)
+        # Of all columns, not of this part: one kernel serves every number of tokens.
+        block_k = min(triton.next_power_of_2(hidden_size), 1024)
         launch(
             kernels.sum_topk_kernel,
             (num_tokens, triton.cdiv(end - start, block_k)),
@@ -457,12 +459,9 @@ def run_int8_experts(
 
 def columns_at_once(num_pairs: int, hidden_size: int, element_size: int) -> int:
     """Columns of the second product that are made, and added up, before the next ones:
-    all, or in equal parts so many that all pairs of them take no more than _PART_BYTES.
-    """
-    parts = triton.cdiv(num_pairs * hidden_size * element_size, _PART_BYTES)
-    if parts == 1:
-        return hidden_size
-    return triton.cdiv(triton.cdiv(hidden_size, parts), _PART_COLUMNS) * _PART_COLUMNS
+    as many as take _PART_BYTES for all pairs, in steps of _PART_COLUMNS."""
+    most = _PART_BYTES // (num_pairs * element_size) // _PART_COLUMNS
+    return min(hidden_size, max(most, 1) * _PART_COLUMNS)
 
 
 Tiles = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

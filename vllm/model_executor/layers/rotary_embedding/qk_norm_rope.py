@@ -8,7 +8,12 @@ Gemma's norm, which Step-3.5 has, is 1 + w in float32.
 from typing import Any
 
 import torch
-from vllm.model_executor.kernels.int8_triton import is_hopper, launch, wait_for_inputs
+from vllm.model_executor.kernels.int8_triton import (
+    has_pdl,
+    is_hopper,
+    launch,
+    wait_for_inputs,
+)
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.triton_utils import tl, triton
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -38,8 +43,8 @@ def qk_norm_rope_kernel(
 
     A head has 2 HALF columns that are rotated, column c with c + HALF, and REST that
     are not. Reads and writes 2 (NUM_HEADS + NUM_KV_HEADS) (2 HALF + REST) bytes a
-    token. Positions are older than the kernel before, which makes qkv: their cosines
-    are on their way while that one ends.
+    token. Weights, positions and the table must be older than the kernel before, which
+    makes qkv: they are on their way while that one ends.
     """
     D: tl.constexpr = 2 * HALF + REST
     token = tl.program_id(0).to(tl.int64)
@@ -59,6 +64,9 @@ def qk_norm_rope_kernel(
     c = tl.arange(0, HALF)
     w1 = 1.0 + tl.load(weight_ptr + c).to(tl.float32)
     w2 = 1.0 + tl.load(weight_ptr + HALF + c).to(tl.float32)
+    if REST:
+        r = tl.arange(0, REST)
+        w_rest = 1.0 + tl.load(weight_ptr + 2 * HALF + r).to(tl.float32)
     cos_sin_ptr += tl.load(positions_ptr + token) * (2 * HALF)
     cos = tl.load(cos_sin_ptr + c).to(tl.float32)[None, :]
     sin = tl.load(cos_sin_ptr + HALF + c).to(tl.float32)[None, :]
@@ -71,19 +79,17 @@ def qk_norm_rope_kernel(
     x2 = tl.load(x_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
     squares = tl.sum(x1 * x1 + x2 * x2, axis=1)
     if REST:
-        r = tl.arange(0, REST)
         rest_offsets = h[:, None] * D + 2 * HALF + r[None, :]
         rest = tl.load(x_ptr + rest_offsets, mask=mask, other=0.0).to(tl.float32)
         squares += tl.sum(rest * rest, axis=1)
     inverse = tl.rsqrt(squares / D + eps)[:, None]
-    # Rounded, as the norm's output is that upstream rotates.
+    # Rounded, as upstream's norm rounds what it returns.
     dtype = out_ptr.dtype.element_ty
     x1 = (x1 * inverse * w1[None, :]).to(dtype).to(tl.float32)
     x2 = (x2 * inverse * w2[None, :]).to(dtype).to(tl.float32)
     tl.store(out_ptr + offsets, (x1 * cos - x2 * sin).to(dtype), mask=mask)
     tl.store(out_ptr + offsets + HALF, (x2 * cos + x1 * sin).to(dtype), mask=mask)
     if REST:
-        w_rest = 1.0 + tl.load(weight_ptr + 2 * HALF + r).to(tl.float32)
         rest = (rest * inverse * w_rest[None, :]).to(dtype)
         tl.store(out_ptr + rest_offsets, rest, mask=mask)
 
@@ -91,19 +97,25 @@ def qk_norm_rope_kernel(
 def serves(attention: Any, qkv: torch.Tensor) -> bool:
     """Whether `queries_and_keys` does what upstream does to qkv in this layer: rotates
     halves of heads by a table, in sizes that are powers of two; on Hopper alone."""
-    if not (is_hopper() and attention.use_rope):
+    if not is_hopper() or not attention.use_rope:
         return False
     rotary_emb = attention.rotary_emb
+    if (
+        not isinstance(rotary_emb, RotaryEmbedding)
+        or type(rotary_emb).forward_native is not RotaryEmbedding.forward_native
+    ):
+        return False
     half = rotary_emb.rotary_dim // 2
     rest = rotary_emb.head_size - rotary_emb.rotary_dim
+    table = rotary_emb.cos_sin_cache
     return (
-        isinstance(rotary_emb, RotaryEmbedding)
-        and type(rotary_emb).forward_native is RotaryEmbedding.forward_native
-        and rotary_emb.is_neox_style
+        rotary_emb.is_neox_style
         and half & (half - 1) == 0
         and rest & (rest - 1) == 0
         and qkv.dim() == 2
         and qkv.dtype in (torch.bfloat16, torch.float16)
+        # The kernel reads it before it waits: nothing may have to convert it just then.
+        and (table.dtype, table.device) == (qkv.dtype, qkv.device)
     )
 
 
@@ -114,7 +126,7 @@ def queries_and_keys(
     return torch.ops.vllm.qk_norm_rope(
         qkv,
         positions,
-        attention.rotary_emb._match_cos_sin_cache_dtype(qkv),
+        attention.rotary_emb.cos_sin_cache,
         attention.q_norm.weight,
         attention.k_norm.weight,
         attention.q_norm.variance_epsilon,
@@ -161,7 +173,7 @@ def qk_norm_rope(
     launch(
         qk_norm_rope_kernel,
         (num_tokens, blocks),
-        qkv.is_cuda,
+        has_pdl(qkv),
         qkv,
         positions,
         cos_sin_cache,

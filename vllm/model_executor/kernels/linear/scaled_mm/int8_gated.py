@@ -11,14 +11,18 @@ from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
     FewTokensInt8ScaledMMLinearKernel,
 )
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.quantization.quark.quark import QuarkLinearMethod
 
 
 def serves_gate(layer: nn.Module) -> bool:
-    """Whether `gated_linear` computes this layer: a row-parallel one without bias, to
-    which the kernel of INT8 linear layers on Hopper belongs, and nothing around it."""
+    """Whether `gated_linear` computes this layer: a row-parallel one of Quark's without
+    bias, to which the kernel of INT8 linear layers on Hopper belongs, and nothing that
+    does more before or around it."""
     if type(layer) is not RowParallelLinear:
         return False
-    kernel = getattr(getattr(layer, "scheme", None), "kernel", None)
+    if type(layer.quant_method) is not QuarkLinearMethod:
+        return False
+    kernel = getattr(layer.scheme, "kernel", None)
     return (
         isinstance(kernel, FewTokensInt8ScaledMMLinearKernel)
         and bool(layer.input_is_parallel)
@@ -30,7 +34,7 @@ def gated_linear(
     layer: RowParallelLinear, x: torch.Tensor, gate: torch.Tensor
 ) -> torch.Tensor:
     """The layer's output for x [..., K] times the sigmoid of its heads' gate [...,
-    heads], of which upstream rounds the product to the dtype of x, this nothing."""
+    heads]. Upstream rounds what it gates to the dtype of x; this rounds nothing."""
     kernel: FewTokensInt8ScaledMMLinearKernel = layer.scheme.kernel
     weight, weight_scale, input_scale, _, _ = kernel._get_layer_params(layer)
     out = torch.ops.vllm.int8_linear(x, weight, weight_scale, input_scale, None, gate)
