@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Platforms that are not here, for code that only asks which one it is."""
 
+from functools import cache
+
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
 
@@ -10,7 +12,9 @@ def cuda(major: int, minor: int) -> Platform:
     class Pretended(Platform):
         _enum = PlatformEnum.CUDA
 
+        # In a cache as upstream's, into which torch.compile cannot look.
         @classmethod
+        @cache
         def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
             return DeviceCapability(major, minor)
 

@@ -128,16 +128,20 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
 def test_heads_are_gated_before_they_are_quantized(
     static: bool, dtype: torch.dtype, rng: torch.Generator
 ) -> None:
-    """Both kernels, against float64: a step of an int8 at most, and rarely one."""
+    """Both kernels, against float64: a step of an int8 at most, and where a value lies
+    between two alone."""
     input_scale = torch.tensor(1 / 64, device=DEVICE) if static else None
     for num_tokens, heads, head_dim in ((1, 1, 16), (3, 4, 48), (2, 6, 128)):
         k, n = heads * head_dim, 33
         x = torch.randn(num_tokens, k, generator=rng).to(dtype).to(DEVICE)
         gate = torch.randn(num_tokens, heads, generator=rng).to(dtype).to(DEVICE)
-        wanted, wanted_scale = quantize(gated(x, gate), input_scale)
+        exact = gated(x, gate)
+        wanted, wanted_scale = quantize(exact, input_scale)
         xq, x_scale = int8_few_tokens.run_gate_and_quantize(x, input_scale, gate)
         assert (xq.double() - wanted).abs().max() <= 1
-        assert (xq.double() != wanted).double().mean() <= 0.01
+        steps = exact / wanted_scale
+        is_half = (steps - steps.floor() - 0.5).abs() < 1e-3
+        assert torch.equal(xq.double()[~is_half], wanted[~is_half])
         torch.testing.assert_close(x_scale.double(), wanted_scale, rtol=1e-6, atol=0.0)
         weight = random_int8(n, k, rng=rng).to(DEVICE)
         scale = random_scales(n, 1, rng=rng).to(DEVICE)

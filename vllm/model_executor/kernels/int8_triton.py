@@ -91,6 +91,8 @@ def quantize_token(x, static_scale_ptr, STATIC: tl.constexpr):
     return words, scale
 
 
+# torch.compile cannot look into the platform's cache.
+@torch.compiler.assume_constant_result
 def is_hopper() -> bool:
     """Whether this is a Hopper GPU, where the kernels were measured."""
     return current_platform.is_cuda() and current_platform.is_device_capability(90)

@@ -381,7 +381,7 @@ def run_int8_experts(
         ROWS=rows_a_program,
         BLOCK_K=block_k,
         STATIC=a2_scale is not None,
-        num_warps=8,
+        num_warps=4,
     )
 
     p = config.w2
