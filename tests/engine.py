@@ -49,17 +49,15 @@ class Answers:
     """Greedy answers: tokens int64 [prompts, T]; logprobs float64 [prompts, T, vocab]
     of each token after those before it.
 
-    Up to them each worker launched the INT8 MoE's own kernels int8_moe_runs times, and
-    that of INT8 linear layers of few tokens int8_linear_runs times. While it was asked
-    each compiled num_compiled variants of the fork's Triton kernels.
+    Up to them each worker launched the fork's own kernels so often: `Watched.runs`.
+    While it was asked each compiled num_compiled variants of the fork's Triton kernels.
     num_cached_tokens of the prompts came from the prefix cache. experts_at is each
     worker's `Watched.experts_at`, and parameters what it holds of those asked for.
     """
 
     tokens: Tensor
     logprobs: Tensor
-    int8_moe_runs: list[int]
-    int8_linear_runs: list[int]
+    runs: list[dict[str, int]]
     num_compiled: list[int]
     num_cached_tokens: int
     experts_at: list[list[list[int]]]
@@ -209,8 +207,7 @@ def _answers(one: dict[str, Any]) -> Answers:
     return Answers(
         tokens=torch.tensor(one["tokens"]),
         logprobs=torch.tensor(one["logprobs"], dtype=torch.float64),
-        int8_moe_runs=one["int8_moe_runs"],
-        int8_linear_runs=one["int8_linear_runs"],
+        runs=one["runs"],
         num_compiled=one["num_compiled"],
         num_cached_tokens=one["num_cached_tokens"],
         experts_at=one["experts_at"],
@@ -260,8 +257,7 @@ def _ask(llm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
             [[step[t].logprob for t in sorted(step)] for step in one.logprobs]
             for one in completions
         ],
-        "int8_moe_runs": llm.collective_rpc("int8_moe_runs"),
-        "int8_linear_runs": llm.collective_rpc("int8_linear_runs"),
+        "runs": llm.collective_rpc("runs"),
         "num_compiled": [
             after - before
             for after, before in zip(compiled, compiled_before, strict=True)

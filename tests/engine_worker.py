@@ -8,19 +8,26 @@ from triton import JITFunction
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
 from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_kernels
 from vllm.model_executor.layers.fused_moe.router import triton_router
+from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
 
-_moe_runs = patch.object(
-    int8_moe, "run_int8_experts", wraps=int8_moe.run_int8_experts
-).start()
-_linear_runs = patch.object(
-    int8_few_tokens, "run_int8_linear", wraps=int8_few_tokens.run_int8_linear
-).start()
+# What launches the fork's own kernels: of the INT8 MoE, of INT8 linear layers of few
+# tokens, of attention's gate with more of them, of its queries and keys.
+_LAUNCHES = {
+    "moe": (int8_moe, "run_int8_experts"),
+    "linear": (int8_few_tokens, "run_int8_linear"),
+    "gate": (int8_few_tokens, "run_gate_and_quantize"),
+    "heads": (qk_norm_rope, "launch"),
+}
+_runs = {
+    what: patch.object(module, name, wraps=getattr(module, name)).start()
+    for what, (module, name) in _LAUNCHES.items()
+}
 
 
 def forget() -> None:
     """Count anew: a process may start one engine after the other."""
-    _moe_runs.reset_mock()
-    _linear_runs.reset_mock()
+    for mock in _runs.values():
+        mock.reset_mock()
 
 
 class Watched:
@@ -28,19 +35,20 @@ class Watched:
 
     model_runner: Any
 
-    def int8_moe_runs(self) -> int:
-        """How often this worker launched the INT8 MoE's own kernels."""
-        return _moe_runs.call_count
-
-    def int8_linear_runs(self) -> int:
-        """How often it launched the kernel of INT8 linear layers of few tokens."""
-        return _linear_runs.call_count
+    def runs(self) -> dict[str, int]:
+        """How often this worker launched each of the fork's own kernels."""
+        return {what: mock.call_count for what, mock in _runs.items()}
 
     def compiled_kernels(self) -> int:
         """How many variants of the fork's Triton kernels it has compiled or loaded."""
         return sum(
             len(cache[0])
-            for module in (int8_moe_kernels, int8_few_tokens, triton_router)
+            for module in (
+                int8_moe_kernels,
+                int8_few_tokens,
+                triton_router,
+                qk_norm_rope,
+            )
             for kernel in vars(module).values()
             if isinstance(kernel, JITFunction)
             for cache in kernel.device_caches.values()

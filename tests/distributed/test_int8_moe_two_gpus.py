@@ -31,7 +31,7 @@ pytestmark = pytest.mark.gpu2
 @pytest.fixture(scope="module")
 def one() -> Answers:
     [answers] = ask(EXPORT, PROMPTS, NUM_TOKENS)
-    assert len(answers.int8_moe_runs) == 1
+    assert len(answers.runs) == 1
     return answers
 
 
@@ -43,7 +43,7 @@ def one() -> Answers:
 )
 def test_two_ranks_answer_as_one(one: Answers, ranks: dict[str, Any], eager: bool):
     [two] = ask(EXPORT, PROMPTS, NUM_TOKENS, enforce_eager=eager, **ranks)
-    assert len(two.int8_moe_runs) == 2
+    assert len(two.runs) == 2
     assert_kernels(two)
     assert_alike(two, one)
 

@@ -68,9 +68,11 @@ def clear(answers: Answers) -> Tensor:
 
 
 def assert_kernels(answers: Answers) -> None:
-    """On each rank, of the INT8 MoE's own where they serve, and of upstream's where
-    not."""
-    assert all((runs > 0) == HOPPER for runs in answers.int8_moe_runs)
+    """On each rank the fork's own where they serve, and upstream's where not: of the
+    INT8 MoE, and of queries, keys and the gate around attention."""
+    for runs in answers.runs:
+        for what in ("moe", "heads", "gate"):
+            assert (runs[what] > 0) == HOPPER, what
 
 
 def assert_alike(
