@@ -185,13 +185,13 @@ def test_serves_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         RotaryEmbedding(16, 12, 8, 10000, True, dtype),
         RotaryEmbedding(28, 16, 8, 10000, True, dtype),
         MRotaryEmbedding(16, 16, 8, 10000, True, dtype, [2, 3, 3]),
-        rotated_otherwise(16, 16, 8, 10000, True, dtype),
+        RotatedOtherwise(16, 16, 8, 10000, True, dtype),
         torch.nn.Identity(),
     ):
         assert not qk_norm_rope.serves(layer_of(other), qkv)
 
 
-class rotated_otherwise(RotaryEmbedding):
+class RotatedOtherwise(RotaryEmbedding):
     def forward_native(self, *arguments: Any) -> Any:
         raise NotImplementedError
 
