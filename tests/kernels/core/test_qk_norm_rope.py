@@ -5,7 +5,6 @@ On a GPU if there is one, else in Triton's interpreter, which cuts bfloat16 off 
 GPUs round, so that it takes the other dtypes.
 """
 
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -25,18 +24,13 @@ from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import (
     YaRNScalingRotaryEmbedding,
 )
 
+from tests.kernels.utils import DEVICE, GPU, interpreted
 from tests.platforms import pretended
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 EPS = 1e-5
 # Upstream's modules ask for it.
 pytestmark = pytest.mark.usefixtures("vllm_config")
-interpreted = pytest.mark.skipif(
-    not GPU and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a GPU, or TRITON_INTERPRET=1 in the environment",
-)
 
 
 def in_float64(

@@ -10,7 +10,6 @@ layer rounds. In float32 nothing is left to differ but the order of a few float3
 operations. A value that these move across a rounding boundary moves one int8 step.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,12 +37,9 @@ from vllm.model_executor.layers.quantization.quark.quark_moe import (
     QuarkW8A8Int8MoEMethod,
 )
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-pytestmark = pytest.mark.skipif(
-    not GPU and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a GPU, or TRITON_INTERPRET=1 in the environment",
-)
+from tests.kernels.utils import DEVICE, GPU, interpreted
+
+pytestmark = interpreted
 
 SILU, SWIGLUSTEP = MoEActivation.SILU, MoEActivation.SWIGLUSTEP
 # Small tiles, so that small shapes have several and tails.

@@ -4,7 +4,6 @@
 On a GPU if there is one, else in Triton's interpreter.
 """
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -23,16 +22,11 @@ from vllm.model_executor.layers.fused_moe.router.triton_router import (
 )
 from vllm.model_executor.models.step3p5 import FP32ReplicatedLinear
 
+from tests.kernels.utils import DEVICE, interpreted
 from tests.platforms import pretended
 
 # Small ones, and what the engine takes.
 TILES = Tiles(16, 16, 32, 4, 2), Tiles(32, 64, 64, 4, 3), Tiles(64, 64, 64, 4, 3)
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-interpreted = pytest.mark.skipif(
-    not GPU and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a GPU, or TRITON_INTERPRET=1 in the environment",
-)
 
 
 def assert_product(found: Tensor, x: Tensor, weight: Tensor) -> None:

@@ -6,7 +6,6 @@ GPUs round, so it takes the other dtypes.
 """
 
 import itertools
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -20,16 +19,11 @@ from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
     run_int8_linear,
 )
 
+from tests.kernels.utils import DEVICE, GPU, interpreted
 from tests.platforms import pretended
 from tests.quantization.utils import random_int8, random_scales
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
-interpreted = pytest.mark.skipif(
-    not GPU and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a GPU, or TRITON_INTERPRET=1 in the environment",
-)
 
 
 @pytest.fixture

@@ -388,6 +388,8 @@ def run_int8_experts(
     pairs_h = _boxes(hq, block_m, p.block_k) if p.tma_a else hq
     weights = _boxes(w2.view(-1, width), p.block_w, p.block_k) if p.tma_w else w2
     out = torch.empty_like(x)
+    # Of all columns, not of a part: one kernel serves every number of tokens.
+    block_k = min(triton.next_power_of_2(hidden_size), 1024)
     for start in range(0, hidden_size, columns):
         end = min(start + columns, hidden_size)
         y = memory[: num_pairs * (end - start)].view(num_pairs, end - start)
@@ -436,8 +438,6 @@ def run_int8_experts(
                 TMA_A=p.tma_a,
                 **second,
             )
-        # Of all columns, not of this part: one kernel serves every number of tokens.
-        block_k = min(triton.next_power_of_2(hidden_size), 1024)
         launch(
             kernels.sum_topk_kernel,
             (num_tokens, triton.cdiv(end - start, block_k)),

@@ -161,13 +161,12 @@ def qk_norm_rope(
     Returns:
         Queries [M, num_heads head_dim] and keys [M, num_kv_heads head_dim], like qkv.
     """
-    num_tokens, columns = qkv.shape
-    head_dim = columns // (num_heads + 2 * num_kv_heads)
-    rotary_dim = cos_sin_cache.shape[1]
-    q = qkv.new_empty(num_tokens, num_heads * head_dim)
-    k = qkv.new_empty(num_tokens, num_kv_heads * head_dim)
+    q, k = _empty_heads(qkv, num_heads, num_kv_heads)
+    num_tokens = qkv.shape[0]
     if num_tokens == 0:
         return q, k
+    head_dim = q.shape[1] // num_heads
+    rotary_dim = cos_sin_cache.shape[1]
     blocks = triton.cdiv(num_heads, _HEADS_A_PROGRAM)
     blocks += triton.cdiv(num_kv_heads, _HEADS_A_PROGRAM)
     launch(
@@ -193,6 +192,17 @@ def qk_norm_rope(
     return q, k
 
 
+def _empty_heads(
+    qkv: torch.Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, columns = qkv.shape
+    head_dim = columns // (num_heads + 2 * num_kv_heads)
+    return (
+        qkv.new_empty(num_tokens, num_heads * head_dim),
+        qkv.new_empty(num_tokens, num_kv_heads * head_dim),
+    )
+
+
 def _qk_norm_rope_fake(
     qkv: torch.Tensor,
     positions: torch.Tensor,
@@ -203,11 +213,7 @@ def _qk_norm_rope_fake(
     num_heads: int,
     num_kv_heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
-    return (
-        qkv.new_empty(qkv.shape[0], num_heads * head_dim),
-        qkv.new_empty(qkv.shape[0], num_kv_heads * head_dim),
-    )
+    return _empty_heads(qkv, num_heads, num_kv_heads)
 
 
 direct_register_custom_op("qk_norm_rope", qk_norm_rope, fake_impl=_qk_norm_rope_fake)
