@@ -227,7 +227,9 @@ def results(
             yield json.loads(line)
         if status == 0:
             return
-        for one in (job, *others):
+        if status is not None:
+            job.check()
+        for one in others:
             one.check()
         time.sleep(0.1)
 

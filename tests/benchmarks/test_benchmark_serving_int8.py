@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -528,6 +528,30 @@ def test_serving_asks_both_builds_in_turns(tmp_path: Path) -> None:
     assert rows[1]["runs"] == {"stock": [3, 6], "fork": [4, 5]}
     assert rows[64]["runs"] == {"stock": [9, 12], "fork": [10, 11]}
     assert none_is_left(tmp_path, 4)
+
+
+class EndsWhileItsLinesAreRead:
+    """A job's process that runs when it is asked first, and has ended since."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.asked = 0
+
+    def poll(self) -> int | None:
+        self.asked += 1
+        if self.asked == 1:
+            return None
+        self.out.write_text('{"run": 1}\n{"run": 2}\n')
+        return 0
+
+
+def test_job_that_ends_while_its_lines_are_read_has_not_failed(tmp_path: Path) -> None:
+    out = tmp_path / "job.jsonl"
+    out.write_text('{"run": 1}\n')
+    process = cast("subprocess.Popen[bytes]", EndsWhileItsLinesAreRead(out))
+    job = processes.Running("the job", process, tmp_path / "job.log", started=0.0)
+    job.log.write_text("all went well\n")
+    assert list(processes.results(job, out)) == [{"run": 1}, {"run": 2}]
 
 
 def test_server_that_dies_ends_all_loudly(
