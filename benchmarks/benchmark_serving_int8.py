@@ -9,8 +9,8 @@ and measures in parts, each of which may be a call of its own:
 
 - serve: both servers on the GPU at the same time; `vllm bench serve` for each batch and
   length of prompts in the turns stock, fork, fork, stock
-- offline: an engine of each build by itself; loading, memory, `vllm bench latency`,
-  `vllm bench throughput`
+- offline: loading and memory of an engine of each build, then `vllm bench latency` and
+  `vllm bench throughput` of both in the same turns
 - profile: where the GPU time of a decode step and of a prefill goes; torch's memory
 
 Writes medians to OUT/<chip>/serving_int8.json, a plot beside it, and the profile to
@@ -64,6 +64,7 @@ ENGINE_GIB = 5.0
 MEMORY_SHARE = 0.95
 LATENCY = {"batch": 1, "prompt_tokens": 128, "output_tokens": 128}
 THROUGHPUT = {"batch": 64, "prompt_tokens": 8192, "output_tokens": 16}
+LATENCY_RUNS, THROUGHPUT_RUNS = 5, 2  # in a turn
 PROFILE = {"decode_batches": [1, 64, 256], "prefill": 8192}
 # By these Triton kernels a build is known; each must have run its own alone.
 KERNELS = {"stock": {"fused_moe_kernel"}, "fork": {"w13_kernel", "w13_few_kernel"}}
@@ -169,6 +170,7 @@ def running_job(
     build: Build,
     job: dict[str, Any],
     env: dict[str, str] | None = None,
+    is_asked: bool = False,
 ) -> Iterator[tuple[Running, Path]]:
     """A job of jobs.py that runs in a build, and the file that it writes lines to."""
     name = f"{job['job']}-{build.name}"
@@ -184,6 +186,7 @@ def running_job(
         [sys.executable, "-P", JOBS, file],
         build.environment() | (env or {}),
         folder / f"{name}.log",
+        is_asked,
     ) as process:
         yield process, out
 
@@ -244,31 +247,43 @@ def measure_offline(settings: Settings) -> Generator[Found, None, None]:
         "latency": settings.latency or LATENCY,
         "throughput": settings.throughput or THROUGHPUT,
     }
-    samples: dict[str, dict[str, list[float]]] = {name: {} for name in cells}
     job = {"job": "offline", "engine_args": engine_args(settings), **cells}
     # As the command `vllm` does: forked from a process with threads an engine may hang.
     env = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    for build in settings.builds.values():
-        console.log(f"offline: {build.name}")
-        peak = MemoryPeak()
-        with running_job(settings, build, job, env) as (process, out), peak:
-            for line in results(process, out):
-                if "ready" in line:
-                    ready = line["ready"]
-                else:
-                    samples[line["name"]][build.name] = line["samples"]
-        start = describe_start(build, process, ready, peak)
-        console.log(f"offline: {start}", highlight=False)
-        yield Found(starts=[start])
-    rows = [
-        report.make_row(
-            metric, samples[name], cells[name]["batch"], cells[name]["prompt_tokens"]
-        )
-        for name, metric in (
-            ("latency", report.LATENCY),
-            ("throughput", report.THROUGHPUT),
-        )
-    ]
+    with ExitStack() as stack:
+        engines: dict[str, Running] = {}
+        answers: dict[str, Iterator[dict[str, Any]]] = {}
+
+        def ask(build: str, name: str, runs: int) -> dict[str, Any]:
+            engines[build].ask(name=name, runs=runs)
+            for answer in answers[build]:
+                return answer
+            raise BenchmarkError(f"{engines[build].what} ended without an answer")
+
+        for build in settings.builds.values():
+            console.log(f"offline: {build.name}")
+            with MemoryPeak() as peak:
+                process, out = stack.enter_context(
+                    running_job(settings, build, job, env, is_asked=True)
+                )
+                engines[build.name] = process
+                answers[build.name] = results(process, out, list(engines.values()))
+                # Not counted: what it takes at most, and what it compiles.
+                for name in cells:
+                    ready = ask(build.name, name, 1)["ready"]
+            start = describe_start(build, process, ready, peak)
+            console.log(f"offline: {start}", highlight=False)
+            yield Found(starts=[start])
+        rows = []
+        for name, metric, runs in (
+            ("latency", report.LATENCY, LATENCY_RUNS),
+            ("throughput", report.THROUGHPUT, THROUGHPUT_RUNS),
+        ):
+            samples: dict[str, list[float]] = {build: [] for build in report.BUILDS}
+            for turn in TURNS:
+                samples[turn] += ask(turn, name, runs)["samples"]
+            place = cells[name]["batch"], cells[name]["prompt_tokens"]
+            rows.append(report.make_row(metric, samples, *place))
     yield Found(rows=rows)
 
 

@@ -22,7 +22,6 @@ Emit = Callable[[dict[str, Any]], None]
 
 # Before a cell counts: enough for each kernel that it needs to be compiled.
 WARM_UP_PROMPT_TOKENS, WARM_UP_OUTPUT_TOKENS = 1 << 19, 8
-LATENCY_RUNS, THROUGHPUT_RUNS = 10, 3
 # In a profile: a few steps until all requests decode, and those that count.
 PROFILE_WARM_UP, PROFILE_STEPS = 8, 10
 PROFILE_PROMPT = 128
@@ -90,45 +89,54 @@ def serve(job: Job, emit: Emit) -> None:
 
 
 def offline(job: Job, emit: Emit) -> None:
-    """`vllm bench latency`, then `throughput`, with one engine of `engine_args`.
+    """`vllm bench latency` and `throughput`, with one engine of `engine_args`.
 
-    `latency` and `throughput` are `{"batch", "prompt_tokens", "output_tokens"}`.
+    `latency` and `throughput` are `{"batch", "prompt_tokens", "output_tokens"}`. Which
+    of them runs, how often, and when, a line of standard input says:
+    `{"name": "latency" | "throughput", "runs": N}`. Answers with the samples, and when
+    the engine was ready.
     """
     from vllm import LLM
     from vllm.benchmarks import latency, throughput
 
     make = LLM.from_engine_args
-    engines: list[LLM] = []
+    engines: list[tuple[float, LLM]] = []
 
     def share_engine(engine_args: Any) -> LLM:
         if not engines:
-            engines.append(make(engine_args))
-            emit({"ready": time.time()})
-        return engines[0]
+            llm = make(engine_args)
+            engines.append((time.time(), llm))
+        return engines[0][1]
 
     LLM.from_engine_args = share_engine
     out = Path(job["out"]).with_suffix(".result.json")
     common = ["--model", job["model"], *job["engine_args"], "--output-json", str(out)]
 
-    cell = job["latency"]
-    arguments = ["--batch-size", str(cell["batch"]), "--num-iters-warmup", "3"]
-    arguments += ["--num-iters", str(LATENCY_RUNS)]
-    arguments += ["--input-len", str(cell["prompt_tokens"])]
-    arguments += ["--output-len", str(cell["output_tokens"])]
-    latency.main(parse(latency.add_cli_args, common + arguments))
-    seconds = json.loads(out.read_text())["latencies"]
-    emit({"name": "latency", "samples": seconds})
+    def run_latency(runs: int) -> list[float]:
+        cell = job["latency"]
+        arguments = ["--batch-size", str(cell["batch"]), "--num-iters-warmup", "1"]
+        arguments += ["--num-iters", str(runs)]
+        arguments += ["--input-len", str(cell["prompt_tokens"])]
+        arguments += ["--output-len", str(cell["output_tokens"])]
+        latency.main(parse(latency.add_cli_args, common + arguments))
+        return json.loads(out.read_text())["latencies"]
 
-    cell = job["throughput"]
-    arguments = ["--dataset-name", "random"]
-    arguments += ["--random-input-len", str(cell["prompt_tokens"])]
-    arguments += ["--random-output-len", str(cell["output_tokens"])]
-    rates = []
-    for prompts in [min(4, cell["batch"]), *[cell["batch"]] * THROUGHPUT_RUNS]:
-        number = ["--num-prompts", str(prompts)]
-        throughput.main(parse(throughput.add_cli_args, common + arguments + number))
-        rates.append(json.loads(out.read_text())["tokens_per_second"])
-    emit({"name": "throughput", "samples": rates[1:]})
+    def run_throughput(runs: int) -> list[float]:
+        cell = job["throughput"]
+        arguments = ["--dataset-name", "random", "--num-prompts", str(cell["batch"])]
+        arguments += ["--random-input-len", str(cell["prompt_tokens"])]
+        arguments += ["--random-output-len", str(cell["output_tokens"])]
+        rates = []
+        for _ in range(runs):
+            throughput.main(parse(throughput.add_cli_args, common + arguments))
+            rates.append(json.loads(out.read_text())["tokens_per_second"])
+        return rates
+
+    measures = {"latency": run_latency, "throughput": run_throughput}
+    for line in sys.stdin:
+        question = json.loads(line)
+        samples = measures[question["name"]](question["runs"])
+        emit({"samples": samples, "ready": engines[0][0]})
 
 
 def profile(job: Job, emit: Emit) -> None:

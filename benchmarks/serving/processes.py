@@ -83,6 +83,14 @@ class Running:
                 + last_lines(self.log)
             )
 
+    def ask(self, **question: Any) -> None:
+        """Send a line of JSON to one that is asked, or raise if it has ended."""
+        assert self.process.stdin
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(question).encode() + b"\n")
+            self.process.stdin.flush()
+        self.check()
+
     def stop(self) -> None:
         """End the whole session, first by asking."""
         for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5)):
@@ -141,9 +149,16 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def running(
-    what: str, command: Sequence[str | Path], env: Mapping[str, str], log: Path
+    what: str,
+    command: Sequence[str | Path],
+    env: Mapping[str, str],
+    log: Path,
+    is_asked: bool = False,
 ) -> Iterator[Running]:
-    """Start a command; when the block is left, however, it is stopped."""
+    """Start a command; when the block is left, however, it is stopped.
+
+    One that is asked reads what `Running.ask` sends from its standard input.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         started = time.time()
@@ -151,7 +166,7 @@ def running(
             command,
             env=dict(env),
             cwd=log.parent,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if is_asked else subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of serving: its checkpoint, rows, bars, kinds of kernels, processes."""
 
+import itertools
 import json
 import os
 import re
@@ -457,18 +458,61 @@ BENCH = """
         }
 """
 
+LLM = """
+    class LLM:
+        made = 0
+
+        @classmethod
+        def from_engine_args(cls, engine_args):
+            print("Model loading took 2.5 GiB memory and 1.25 seconds", flush=True)
+            cls.made += 1
+            return cls()
+"""
+# Latencies tell the time, rates how many engines were made and the prompts.
+LATENCY = """
+    import json, time
+    from pathlib import Path
+    from vllm import LLM
+
+    def add_cli_args(parser):
+        parser.add_argument("--output-json")
+        parser.add_argument("--num-iters", type=int)
+        parser.add_argument("--num-prompts", type=int)
+        for name in ("model", "max-model-len", "max-num-seqs", "dataset-name"):
+            parser.add_argument(f"--{name}")
+        for name in ("max-num-batched-tokens", "kv-cache-memory-bytes"):
+            parser.add_argument(f"--{name}")
+        for name in ("gpu-memory-utilization", "batch-size", "num-iters-warmup"):
+            parser.add_argument(f"--{name}")
+        for name in ("input-len", "output-len", "random-input-len"):
+            parser.add_argument(f"--{name}")
+        parser.add_argument("--random-output-len")
+        parser.add_argument("--no-enable-prefix-caching", action="store_true")
+
+    def main(args):
+        LLM.from_engine_args(args)
+        if "job_dies" in __file__:
+            raise RuntimeError("the engine's own error")
+        if args.num_prompts:
+            found = {"tokens_per_second": args.num_prompts + LLM.made / 10}
+        else:
+            found = {"latencies": [time.monotonic() for _ in range(args.num_iters)]}
+        Path(args.output_json).write_text(json.dumps(found))
+"""
 PARSER = "from argparse import ArgumentParser as FlexibleArgumentParser\n"
 
 
 def make_vllm(folder: Path) -> Path:
     """A package that passes for vLLM; what its folder is called tells when it dies."""
     for name, text in (
-        ("__init__", ""),
+        ("__init__", LLM),
         ("entrypoints/__init__", ""),
         ("entrypoints/cli/__init__", ""),
         ("entrypoints/cli/main", SERVER),
         ("benchmarks/__init__", ""),
         ("benchmarks/serve", BENCH),
+        ("benchmarks/latency", LATENCY),
+        ("benchmarks/throughput", "from vllm.benchmarks.latency import *"),
         ("utils/__init__", ""),
         ("utils/argparse_utils", PARSER),
     ):
@@ -528,6 +572,29 @@ def test_serving_asks_both_builds_in_turns(tmp_path: Path) -> None:
     assert rows[1]["runs"] == {"stock": [3, 6], "fork": [4, 5]}
     assert rows[64]["runs"] == {"stock": [9, 12], "fork": [10, 11]}
     assert none_is_left(tmp_path, 4)
+
+
+def test_engines_are_asked_in_turns(tmp_path: Path) -> None:
+    *starts, found = benchmark.measure_offline(make_settings(tmp_path))
+    assert [start.starts[0]["build"] for start in starts] == ["stock", "fork"]
+    assert all(start.starts[0]["weights_s"] == 1.25 for start in starts)
+    latency, throughput = found.rows
+    told = {build: latency["runs"][build] for build in report.BUILDS}
+    when = sorted((time, build) for build in told for time in told[build])
+    turns = [build for build, _ in itertools.groupby(build for _, build in when)]
+    assert turns == ["stock", "fork", "stock"]
+    assert all(len(times) == 2 * benchmark.LATENCY_RUNS for times in told.values())
+    rate = benchmark.THROUGHPUT["batch"] + 0.1  # one engine of each build
+    for build in report.BUILDS:
+        assert throughput["runs"][build] == [rate] * 2 * benchmark.THROUGHPUT_RUNS
+
+
+def test_engine_that_dies_ends_all_loudly(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path, fork="job_dies")
+    with pytest.raises(
+        BenchmarkError, match=r"the offline job of fork[\s\S]*own error"
+    ):
+        list(benchmark.measure_offline(settings))
 
 
 class EndsWhileItsLinesAreRead:
