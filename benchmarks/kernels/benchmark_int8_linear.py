@@ -13,7 +13,6 @@ for each shape, prints the best, and writes nothing.
 """
 
 import argparse
-import datetime
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.benchmark_int8_moe import measure_limits, time_us
-from benchmarks.serving.report import save
+from benchmarks.kernels.utils import write_results
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,6 @@ def measure(out: Path) -> None:
         choose_tiles,
     )
 
-    chip = torch.cuda.get_device_name().replace(" ", "_")
     copy_tbps, _ = measure_limits()
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
@@ -148,15 +146,7 @@ def measure(out: Path) -> None:
                 flush=True,
             )
         del layers
-    result = {
-        "chip": chip,
-        "date": datetime.date.today().isoformat(),
-        "copy_tbps": round(copy_tbps, 3),
-        "rows": rows,
-    }
-    path = out / chip / "int8_linear.json"
-    save(path, result)
-    plot(result, path.with_suffix(".png"))
+    write_results(out, "int8_linear", rows, plot, copy_tbps=round(copy_tbps, 3))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -11,8 +11,6 @@ Writes `<chip>/router.json` and a plot beside it. With --sweep it tries tiles of
 product for each number of tokens, prints the best, and writes nothing.
 """
 
-import argparse
-import datetime
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,7 +28,7 @@ from vllm.model_executor.layers.fused_moe.router.triton_router import (
 )
 
 from benchmarks.kernels.benchmark_int8_moe import time_us
-from benchmarks.serving.report import save
+from benchmarks.kernels.utils import measure_or_sweep, write_results
 
 EXPERTS, HIDDEN, TOPK = 288, 4096, 8
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
@@ -99,7 +97,6 @@ def sweep(tokens: list[int]) -> None:
 
 def measure(out: Path, tokens: list[int]) -> None:
     upstreams_choice = torch.ops._moe_C.topk_sigmoid
-    chip = torch.cuda.get_device_name().replace(" ", "_")
     weights, bias = make_weights(), torch.randn(EXPERTS, device="cuda")
     rows: list[dict[str, Any]] = []
     for num_tokens in tokens:
@@ -124,10 +121,7 @@ def measure(out: Path, tokens: list[int]) -> None:
             f"{row['stock_choice_us'] / row['choice_us']:.2f}x",
             flush=True,
         )
-    result = {"chip": chip, "date": datetime.date.today().isoformat(), "rows": rows}
-    path = out / chip / "router.json"
-    save(path, result)
-    plot(result, path.with_suffix(".png"))
+    write_results(out, "router", rows, plot)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -153,14 +147,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--sweep", action="store_true", help="try tiles")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="N")
-    args = parser.parse_args()
-    sweep(args.tokens) if args.sweep else measure(args.out, args.tokens)
-
-
 if __name__ == "__main__":
-    main()
+    measure_or_sweep(__doc__, TOKENS, measure, sweep, "tiles")

@@ -13,8 +13,6 @@ Writes `<chip>/step3p5_attention.json` and a plot beside it. With --sweep it tri
 numbers of heads a program and warps, prints them, and writes nothing.
 """
 
-import argparse
-import datetime
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ import vllm.ir
 from torch import Tensor, nn
 
 from benchmarks.kernels.benchmark_int8_moe import time_us
-from benchmarks.serving.report import save
+from benchmarks.kernels.utils import measure_or_sweep, write_results
 
 HEAD_DIM, KV_HEADS = 128, 8
 TOKENS = [1, 8, 64, 256, 1024, 4096, 8192]
@@ -164,7 +162,6 @@ def measure_row(kind: Kind, num_tokens: int) -> dict[str, Any]:
 
 
 def measure(out: Path, tokens: list[int]) -> None:
-    chip = torch.cuda.get_device_name().replace(" ", "_")
     rows: list[dict[str, Any]] = []
     for kind, num_tokens in itertools.product(KINDS, tokens):
         row = measure_row(kind, num_tokens)
@@ -177,10 +174,7 @@ def measure(out: Path, tokens: list[int]) -> None:
             f"{row['stock_gate_us'] / row['gate_us']:.2f}x",
             flush=True,
         )
-    result = {"chip": chip, "date": datetime.date.today().isoformat(), "rows": rows}
-    path = out / chip / "step3p5_attention.json"
-    save(path, result)
-    plot(result, path.with_suffix(".png"))
+    write_results(out, "step3p5_attention", rows, plot)
 
 
 def sweep(tokens: list[int]) -> None:
@@ -223,14 +217,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--sweep", action="store_true", help="try heads and warps")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="N")
-    args = parser.parse_args()
-    sweep(args.tokens) if args.sweep else measure(args.out, args.tokens)
-
-
 if __name__ == "__main__":
-    main()
+    measure_or_sweep(__doc__, TOKENS, measure, sweep, "heads and warps")
