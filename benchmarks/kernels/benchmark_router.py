@@ -73,7 +73,7 @@ def candidates(num_tokens: int) -> Iterator[FewTiles | Tiles]:
         programs = -(-num_tokens // m) * -(-EXPERTS // e)
         # Sums of one step and of all take twice so many registers.
         elements = m * e // warps
-        fits = stages * k * (2 * m + 4 * e) <= 220 << 10
+        fits = stages * k * (2 * m + 6 * e) <= 220 << 10
         fits &= 1024 * many <= elements <= 2048
         if fits and m <= max(num_tokens, 16) and 16 <= programs <= 1024:
             yield Tiles(m, e, k, warps, stages)
