@@ -79,9 +79,7 @@ def router_few_kernel(
 
 
 @triton.jit
-def split_weight_kernel(
-    w_ptr, parts_ptr, SIZE, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def split_weight_kernel(w_ptr, parts_ptr, SIZE, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """w [SIZE] float32 as a sum of three bfloat16, to parts [3, SIZE].
 
     A float32 has 24 bits, a bfloat16 eight: the sum is exact. Moves 10 bytes a number.
