@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
-from vllm.model_executor.layers.fused_moe import int8_moe
+from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_hopper
 from vllm.model_executor.layers.fused_moe.int8_moe_configs import Architecture
 from vllm.model_executor.layers.fused_moe.router import triton_router
 from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
@@ -48,7 +49,16 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
 }
-INSTRUCTIONS = r"wgmma\.mma_async\S+|mma\.sync\S+|v_mfma_\w+|dp4a\S+|v_dot4\w+"
+INSTRUCTIONS = "|".join(
+    (
+        r"wgmma\.mma_async\S+",
+        r"wgmma\.wait_group\S+ \d",
+        r"mma\.sync\S+",
+        r"v_mfma_\w+",
+        r"dp4a\S+",
+        r"v_dot4\w+",
+    )
+)
 
 
 def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -96,6 +106,16 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
             options["launch_pdl"] = True
         found.append((kernel, args, options | {"PDL": pdl}))
 
+    class Recorded:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, _: Any) -> Any:
+            return lambda *args, **options: found.append((self.kernel, args, options))
+
+    for name in ("w13_kernel", "w2_kernel"):
+        kernel = getattr(int8_moe_hopper, name)
+        setattr(int8_moe_hopper, name, Recorded(kernel))
     int8_moe.launch = int8_few_tokens.launch = record
     triton_router.launch = qk_norm_rope.launch = record
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
@@ -158,8 +178,10 @@ def compile_launch(target: GPUTarget, kernel: Any, args: tuple, options: dict) -
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
-            signature[name] = f"tensordesc<i8{value.block_shape}>"
-    source = ASTSource(kernel, signature, constants, attributes)
+            layout = f",{value.layout!r}" if kernel.is_gluon() else ""
+            signature[name] = f"tensordesc<i8{value.block_shape}{layout}>"
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options)
 
 

@@ -53,7 +53,11 @@ def test_compiles(target: str) -> None:
         if entry["kernel"] in ("w13_kernel", "w2_kernel", "w2_narrow_kernel"):
             found = entry["instructions"]
             assert any(name.startswith(PRODUCT[target]) for name in found), entry
-            assert target != "sm_90" or all("s32.s8.s8" in name for name in found)
+            of_floats = [n for n in found if "mma_async" in n and "s32.s8.s8" not in n]
+            assert not of_floats, entry
+        if "NUM_WARPS" in entry["options"]:
+            # A product goes on while the next one is prepared.
+            assert "wgmma.wait_group.sync.aligned 1" in entry["instructions"], entry
         if entry["kernel"] == "router_kernel":
             found = entry["instructions"]
             assert any(name.startswith(ROUTER[target]) for name in found), entry

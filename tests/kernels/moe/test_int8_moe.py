@@ -20,8 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 from vllm.model_executor.kernels import int8_triton
+from vllm.model_executor.kernels.int8_triton import is_hopper
 from vllm.model_executor.layers import fused_moe
-from vllm.model_executor.layers.fused_moe import int8_moe
+from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_hopper
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.int8_moe import int8_fused_experts, prepare
@@ -37,6 +38,7 @@ from vllm.model_executor.layers.quantization.quark.quark_moe import (
     QuarkW8A8Int8MoEMethod,
 )
 
+from tests.kernels.gluon_interpreter import interpret
 from tests.kernels.utils import DEVICE, GPU, interpreted
 
 pytestmark = interpreted
@@ -55,6 +57,12 @@ BOXES = Config(
 NARROW = Config(
     16, Product(32, 32, swap=True), Product(32, 256, swap=True, tma_w=True, blocks=2)
 )
+# Gluon's kernels: 64 rows a warpgroup.
+HOPPER = Config(
+    128,
+    Product(128, 32, 8, 3, hopper=True),
+    Product(64, 32, 8, 2, tma_w=True, tma_a=True, hopper=True),
+)
 NARROW_WIDE = Config(32, Product(64, 32), Product(32, 256, blocks=2))
 FEW = FewConfig(8, 4, 1, 0, 4, 4, 1, 0)
 # Programs that take turns, with loads ahead of use.
@@ -65,6 +73,7 @@ CONFIGS: dict[str, Config | FewConfig] = {
     "boxes": BOXES,
     "narrow": NARROW,
     "narrow-wide": NARROW_WIDE,
+    "hopper": HOPPER,
     "few": FEW,
     "few-turns": FEW_TURNS,
 }
@@ -180,6 +189,13 @@ def tiles(
         patch.setattr(int8_moe, "choose_config", lambda *_: config)
         empty_like = torch.empty_like
         patch.setattr(torch, "empty_like", lambda t: empty_like(t).fill_(torch.nan))
+        if isinstance(config, Config) and config.w13.hopper:
+            if GPU and not is_hopper():
+                pytest.skip("needs a Hopper GPU, or none")
+            if not GPU:
+                patch.setattr(int8_moe, "num_sms", lambda _: 3)
+                for name, kernel in interpret(int8_moe_hopper).items():
+                    patch.setattr(int8_moe_hopper, name, kernel)
         yield
 
 
@@ -260,7 +276,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [(name, config) for name in CASES for config in ("thin", "few")]
+    [(name, config) for name in CASES for config in ("thin", "few", "hopper")]
     + [
         (n, c)
         for n in ("dynamic", "odd")
@@ -303,13 +319,15 @@ def test_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(num_tokens=20, bias=True)
     layer = make(case)
     outs = []
-    for config in (THIN, THIN, WIDE, BOXES):
+    for config in (THIN, THIN, WIDE, BOXES, HOPPER):
         with tiles(config, monkeypatch):
             outs.append(run(layer, case))
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize("config", ["thin", "wide", "boxes", "narrow", "narrow-wide"])
+@pytest.mark.parametrize(
+    "config", ["thin", "wide", "boxes", "narrow", "narrow-wide", "hopper"]
+)
 def test_parts_of_the_output_make_all_of_it(
     config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,7 +381,7 @@ def test_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make(case)
     layer.w13.fill_(-128)
     layer.x.fill_(-1.0)
-    for config in (THIN, WIDE, FEW):
+    for config in (THIN, WIDE, HOPPER, FEW):
         with tiles(config, monkeypatch):
             check(run(layer, case), reference(layer, case))
 

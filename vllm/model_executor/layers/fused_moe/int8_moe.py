@@ -341,14 +341,7 @@ def run_int8_experts(
     sorted_pairs, tile_experts, num_tiles = tiles
     max_tiles = tile_experts.numel()
     p = config.w13
-    _launch_product(
-        kernels.w13_kernel,
-        p,
-        max_tiles * triton.cdiv(2 * width, p.block_w),
-        pdl,
-        xq,
-        x_scale,
-        _paired_boxes(w13, p) if p.tma_w else w13,
+    w13_args = (
         w13_scale,
         w13_bias,
         topk_weights,
@@ -358,11 +351,37 @@ def run_int8_experts(
         width,
         hidden_size,
         topk,
-        BLOCK_M=block_m,
-        BLOCK_N=p.block_w // 2,
-        EVEN_K=hidden_size % p.block_k == 0,
-        **first,
     )
+    programs = max_tiles * triton.cdiv(2 * width, p.block_w)
+    if p.hopper:
+        weights = _hopper_boxes(w13.view(-1, hidden_size), p.block_w // 2, p.block_k)
+        _launch_hopper(
+            "w13_kernel",
+            p,
+            min(programs, num_sms(x)),
+            xq,
+            x_scale,
+            weights,
+            *w13_args,
+            BLOCK_M=block_m,
+            BLOCK_N=p.block_w // 2,
+            **first,
+        )
+    else:
+        _launch_product(
+            kernels.w13_kernel,
+            p,
+            programs,
+            pdl,
+            xq,
+            x_scale,
+            _paired_boxes(w13, p) if p.tma_w else w13,
+            *w13_args,
+            BLOCK_M=block_m,
+            BLOCK_N=p.block_w // 2,
+            EVEN_K=hidden_size % p.block_k == 0,
+            **first,
+        )
     block_k = triton.next_power_of_2(width)
     rows_a_program = max(1, 8192 // block_k)
     launch(
@@ -385,8 +404,9 @@ def run_int8_experts(
     )
 
     p = config.w2
-    pairs_h = _boxes(hq, block_m, p.block_k) if p.tma_a else hq
-    weights = _boxes(w2.view(-1, width), p.block_w, p.block_k) if p.tma_w else w2
+    boxes = _hopper_boxes if p.hopper else _boxes
+    pairs_h = boxes(hq, block_m, p.block_k) if p.tma_a else hq
+    weights = boxes(w2.view(-1, width), p.block_w, p.block_k) if p.tma_w else w2
     out = torch.empty_like(x)
     # Of all columns, not of a part: one kernel serves every number of tokens.
     block_k = min(triton.next_power_of_2(hidden_size), 1024)
@@ -408,6 +428,7 @@ def run_int8_experts(
             start,
             end,
         )
+        programs = max_tiles * triton.cdiv(end - start, p.block_w)
         if p.blocks:
             assert not p.tma_a
             launch(
@@ -425,11 +446,21 @@ def run_int8_experts(
                 num_warps=p.num_warps,
                 **second,
             )
+        elif p.hopper:
+            _launch_hopper(
+                "w2_kernel",
+                p,
+                min(programs, num_sms(x)),
+                *w2_args,
+                BLOCK_M=block_m,
+                BLOCK_N=p.block_w,
+                **second,
+            )
         else:
             _launch_product(
                 kernels.w2_kernel,
                 p,
-                max_tiles * triton.cdiv(end - start, p.block_w),
+                programs,
                 pdl,
                 *w2_args,
                 BLOCK_M=block_m,
@@ -609,6 +640,32 @@ def _launch_product(
         num_stages=product.num_stages,
         **constants,
     )
+
+
+def _launch_hopper(
+    name: str, product: Product, programs: int, *args: Any, **constants: Any
+) -> None:
+    # Gluon is not where Triton is not, or an older one.
+    from vllm.model_executor.layers.fused_moe import int8_moe_hopper
+
+    getattr(int8_moe_hopper, name)[(programs,)](
+        *args,
+        BLOCK_K=product.block_k,
+        STAGES=product.num_stages,
+        NUM_WARPS=product.num_warps,
+        num_warps=product.num_warps,
+        **constants,
+    )
+
+
+def _hopper_boxes(matrix: torch.Tensor, block_rows: int, block_k: int) -> Any:
+    """`_boxes` for Gluon, which is told how they lie in shared memory."""
+    from triton.experimental.gluon.language import NVMMASharedLayout, int8
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    block = [block_rows, block_k]
+    layout = NVMMASharedLayout.get_default_for(block, int8)
+    return TensorDescriptor.from_tensor(matrix, block, layout)
 
 
 def _boxes(matrix: torch.Tensor, block_rows: int, block_k: int) -> Any:

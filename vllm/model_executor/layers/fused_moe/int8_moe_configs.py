@@ -32,6 +32,8 @@ class Product:
     # Blocks of block_w rows that a program takes in turn, in place of steps over K; w2
     # alone, of experts no wider than block_k. 0: steps over K.
     blocks: int = 0
+    # The kernels of int8_moe_hopper.py, with num_stages buffers.
+    hopper: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def _same(block_m: int, product: Product) -> Config:
 # tile is as large as the accumulators in registers allow.
 _THIN = Product(64, 256, 4, 4, swap=True, tma_w=True)
 _WIDE = Product(128, 128, 4, 3, tma_w=True, tma_a=True)
+_HOPPER_WIDE = Product(256, 128, 8, 4, tma_w=True, tma_a=True, hopper=True)
 _HOPPER = (
     (8, Config(16, _THIN, replace(_THIN, num_stages=3), pdl=True)),
     (16, Config(32, _THIN, replace(_THIN, num_stages=3), pdl=True)),
@@ -86,8 +89,8 @@ _HOPPER = (
         ),
     ),
     (80, Config(64, replace(_THIN, block_w=128, num_stages=3), _WIDE, pdl=True)),
-    (512, Config(128, Product(128, 128, 4, 3, tma_w=True), _WIDE, pdl=True)),
-    (float("inf"), Config(128, Product(256, 128, 8, 4, tma_w=True), _WIDE)),
+    (512, Config(128, _HOPPER_WIDE, _HOPPER_WIDE, pdl=True)),
+    (float("inf"), Config(128, _HOPPER_WIDE, _HOPPER_WIDE)),
 )
 # Experts of 256 columns or fewer: w2 has but one step.
 _NARROW_W2 = Product(128, 256, 4, 3, swap=True, tma_w=True, blocks=4)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong on a GPU goes wrong in the tests' interpreter of Gluon as well."""
+
+import re
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe import int8_moe_hopper
+
+from tests.kernels.gluon_interpreter import interpret
+
+BLOCK = 32
+STEPS, EXPERTS, COLUMNS = 5, 2, 48
+
+
+def box(matrix: torch.Tensor) -> Any:
+    return SimpleNamespace(base=matrix, shape=matrix.shape, block_shape=[BLOCK, BLOCK])
+
+
+def run_w2(module: ModuleType, programs: int = 2) -> bool:
+    """Multiply random pairs of two experts; whether the sums are right."""
+    k = STEPS * BLOCK - 16
+    pairs, experts = 3 * BLOCK - 5, torch.tensor([0, 1, 1], dtype=torch.int32)
+    a = torch.randint(-128, 128, (3 * BLOCK, k), dtype=torch.int8)
+    w = torch.randint(-128, 128, (EXPERTS, COLUMNS, k), dtype=torch.int8)
+    y = torch.full((pairs, COLUMNS), torch.nan)
+    interpret(module)["w2_kernel"][(programs,)](
+        box(a),
+        torch.ones(3 * BLOCK),
+        box(w.view(-1, k)),
+        torch.ones(EXPERTS),
+        None,
+        None,
+        torch.arange(3 * BLOCK, dtype=torch.int32),
+        experts,
+        torch.tensor([3], dtype=torch.int32),
+        y,
+        pairs,
+        COLUMNS,
+        k,
+        0,
+        COLUMNS,
+        BLOCK_M=BLOCK,
+        BLOCK_N=BLOCK,
+        BLOCK_K=BLOCK,
+        STAGES=3,
+        NUM_WARPS=4,
+        PER_CHANNEL=False,
+        HAS_BIAS=False,
+        WEIGH=False,
+        num_warps=4,
+    )
+    of_pairs = w[experts.repeat_interleave(BLOCK).long()][:pairs]
+    exact = torch.einsum("pk,pnk->pn", a[:pairs].double(), of_pairs.double())
+    return torch.equal(y.double(), exact.float().double())
+
+
+def run_w13(module: ModuleType) -> bool:
+    """The same of the other kernel, whose threads copy; without an activation."""
+    k, topk = STEPS * BLOCK - 16, 2
+    pairs = 2 * BLOCK - 5
+    tokens = torch.arange(pairs) // topk
+    x = torch.randint(-128, 128, (pairs, k), dtype=torch.int8)
+    w = torch.randint(-128, 128, (1, 2 * BLOCK, k), dtype=torch.int8)
+    h = torch.full((2 * BLOCK, BLOCK), torch.nan)
+    interpret(module)["w13_kernel"][(2,)](
+        x,
+        torch.full((pairs,), 2.0**-20),
+        box(w.view(-1, k)),
+        torch.ones(1),
+        None,
+        None,
+        torch.arange(2 * BLOCK, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        torch.tensor([2], dtype=torch.int32),
+        h,
+        pairs,
+        BLOCK,
+        k,
+        topk,
+        BLOCK_M=BLOCK,
+        BLOCK_N=BLOCK,
+        BLOCK_K=BLOCK,
+        STAGES=3,
+        NUM_WARPS=4,
+        PER_CHANNEL=False,
+        HAS_BIAS=False,
+        WEIGH=False,
+        SWIGLUSTEP_LIMIT=None,
+        num_warps=4,
+    )
+    exact = x[tokens].double() @ w[0].double().T * 2.0**-20
+    gate, up = exact.chunk(2, dim=1)
+    expected = gate * gate.sigmoid() * up
+    return torch.allclose(h[:pairs].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def changed(tmp_path: Path, old: str, new: str) -> ModuleType:
+    assert int8_moe_hopper.__file__
+    source = Path(int8_moe_hopper.__file__).read_text()
+    assert old in source
+    file = tmp_path / "changed.py"
+    file.write_text(source.replace(old, new))
+    return cast(ModuleType, SimpleNamespace(__file__=str(file), __name__="changed"))
+
+
+def test_right_kernels_are_right() -> None:
+    assert run_w2(int8_moe_hopper) and run_w13(int8_moe_hopper)
+    assert run_w2(int8_moe_hopper, programs=7)
+
+
+# What is changed in the kernels, and what is said of it.
+FREE = "mbarrier.arrive(free.index((step + STAGES - 1) % STAGES)"
+MISTAKES = {
+    "a buffer is freed while it is read": (
+        f"{FREE}, pred=k > 0)\n        step += 1\n"
+        f"    sums = warpgroup_mma_wait(0, deps=(sums,))\n    {FREE})",
+        "mbarrier.arrive(free.index(step % STAGES))\n        step += 1\n"
+        "    sums = warpgroup_mma_wait(0, deps=(sums,))",
+        "wrong",
+    ),
+    "a buffer is never freed": (f"{FREE}, pred=k > 0)", "pass", "deadlock"),
+    "nobody waits for a copy": (
+        "mbarrier.wait(full.index(buffer), step // STAGES & 1)",
+        "pass",
+        "wrong|deadlock",
+    ),
+    "nobody waits for a buffer": (
+        "mbarrier.wait(free.index(buffer), step // STAGES & 1 ^ 1)",
+        "pass",
+        "deadlock|more arrive|wrong",
+    ),
+    "a phase is taken for the other": (
+        "step // STAGES & 1 ^ 1",
+        "step // STAGES & 1",
+        "deadlock",
+    ),
+    "fewer bytes are announced": (
+        "hq.block_type.nbytes + w2",
+        "w2",
+        "more bytes",
+    ),
+    "more bytes are announced": (
+        "2 * w13.block_type",
+        "3 * w13.block_type",
+        "deadlock",
+    ),
+    "fewer threads are counted": ("32 * GATHER_WARPS", "32", "more arrive"),
+    "threads' copies are not fenced": ("fence_async_shared()", "pass", "fence"),
+    "a product is not waited for": (
+        "warpgroup_mma_wait(0",
+        "warpgroup_mma_wait(1",
+        "wrong|unfinished",
+    ),
+    "rows of another tile": ("a_row = tile * BLOCK_M", "a_row = tile", "wrong"),
+    "columns beyond the tensor": ("mask=mask)", "mask=None)", "outside"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_found(name: str, tmp_path: Path) -> None:
+    old, new, said = MISTAKES[name]
+    module = changed(tmp_path, old, new)
+    try:
+        found = "right" if run_w2(module) and run_w13(module) else "wrong"
+    except AssertionError as error:
+        found = str(error)
+    assert re.search(said, found), found

@@ -1,0 +1,613 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The INT8 fused MoE's two products for many tokens, in Gluon, for Hopper.
+
+Triton waits for the tensor cores after every step over K if the sums are integers: its
+pipeliner lets products overlap only where they are float32. Gluon, Triton's lower
+level, leaves it to the kernel. Here some warps copy tiles to shared memory, as far
+ahead as its `STAGES` buffers allow, and others multiply, of which one product is always
+on its way. Programs stay and take tiles in turn, so that the copies for the next tile
+run while results are written.
+
+Tiles, arguments and results are those of `w13_kernel` and `w2_kernel` in
+int8_moe_kernels.py, to the bit.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Warps that gather tokens, and registers of each of their threads; one warp is enough
+# to ask for tiles that lie together.
+GATHER_WARPS = gl.constexpr(4)
+GATHER_REGISTERS = gl.constexpr(56)
+COPY_WARPS = gl.constexpr(1)
+COPY_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit
+def _buffers(
+    BLOCK_M: gl.constexpr,
+    BLOCK_W: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    ARRIVALS: gl.constexpr,
+):
+    """Buffers of both operands, and barriers: a buffer is full, or may be filled.
+
+    ARRIVALS make a buffer full, beside the bytes that they announce.
+    """
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
+        [BLOCK_M, BLOCK_K], gl.int8
+    )
+    a = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, BLOCK_K], layout)
+    w = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_W, BLOCK_K], layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=ARRIVALS)
+        mbarrier.init(free.index(i), count=1)
+    return a, w, full, free
+
+
+@gluon.jit
+def _multiply(
+    a,
+    w,
+    full,
+    free,
+    step,
+    K,
+    BLOCK_M: gl.constexpr,
+    BLOCK_W: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    GATHERED: gl.constexpr,
+):
+    """The next tile's sums, [BLOCK_M, BLOCK_W] int32, and the number of steps so far.
+
+    A buffer is free again when the product that reads it has ended, one step later.
+    """
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [NUM_WARPS, 1], [16, min(BLOCK_W, 128), 32]
+    )
+    sums = gl.zeros([BLOCK_M, BLOCK_W], gl.int32, layout)
+    for k in range(0, K, BLOCK_K):
+        buffer = step % STAGES
+        mbarrier.wait(full.index(buffer), step // STAGES & 1)
+        if GATHERED:
+            fence_async_shared()
+        w_tile = w.index(buffer).permute((1, 0))
+        sums = warpgroup_mma(a.index(buffer), w_tile, sums, is_async=True)
+        sums = warpgroup_mma_wait(1, deps=(sums,))
+        mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > 0)
+        step += 1
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
+    return sums, step
+
+
+@gluon.jit
+def _pairs_of(
+    tile,
+    sorted_pairs_ptr,
+    num_pairs,
+    BLOCK_M: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """A tile's rows and pairs, [BLOCK_M], as the first dimension of a layout."""
+    rows = tile * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    pairs = gl.load(sorted_pairs_ptr + rows)
+    return rows, pairs, pairs < num_pairs
+
+
+@gluon.jit
+def _along_a(values):
+    return gl.expand_dims(values, 1)
+
+
+@gluon.jit
+def _along_w(values):
+    return gl.expand_dims(values, 0)
+
+
+@gluon.jit
+def _scale(
+    sums,
+    a_scale,
+    w_scale_ptr,
+    w_rows,
+    expert,
+    PER_CHANNEL: gl.constexpr,
+):
+    """Sums times a_scale [BLOCK_M] and the weights' scales."""
+    if PER_CHANNEL:
+        scale = _along_a(a_scale) * _along_w(gl.load(w_scale_ptr + w_rows))
+    else:
+        scale = _along_a(a_scale) * gl.load(w_scale_ptr + expert)
+    return sums.to(gl.float32) * scale
+
+
+@gluon.constexpr_function
+def _lines(columns: int, num_warps: int) -> gl.BlockedLayout:
+    """Of rows of so many columns: each thread has eight, a warp whole rows."""
+    threads = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // threads, threads], [num_warps, 1], [1, 0])
+
+
+@gluon.jit
+def _halves(x, M: gl.constexpr, N: gl.constexpr):
+    """x [M, N] as its first and its last columns."""
+    return x.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def _copy_w13(
+    xq_ptr,
+    w13,
+    a,
+    w,
+    full,
+    free,
+    sorted_pairs_ptr,
+    tile_experts_ptr,
+    num_tiles,
+    num_pairs,
+    N,
+    K,
+    topk,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [GATHER_WARPS, 1], [1, 0])
+    k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+    num_n = gl.cdiv(N, BLOCK_N)
+    step = 0
+    for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
+        tile = i // num_n
+        row = gl.load(tile_experts_ptr + tile) * 2 * N + i % num_n * BLOCK_N
+        _, pairs, is_pair = _pairs_of(
+            tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout
+        )
+        tokens = (pairs // topk).to(gl.int64)
+        xq_ptrs = xq_ptr + _along_a(tokens * K) + _along_w(k)
+        for k0 in range(0, K, BLOCK_K):
+            buffer = step % STAGES
+            mbarrier.wait(free.index(buffer), step // STAGES & 1 ^ 1)
+            bar = full.index(buffer)
+            mbarrier.expect(bar, 2 * w13.block_type.nbytes)
+            gate = w.index(buffer).slice(0, BLOCK_N)
+            up = w.index(buffer).slice(BLOCK_N, BLOCK_N)
+            tma.async_copy_global_to_shared(w13, [row, k0], bar, gate)
+            tma.async_copy_global_to_shared(w13, [row + N, k0], bar, up)
+            mask = _along_a(is_pair) & _along_w(k < K - k0)
+            async_copy.async_copy_global_to_shared(a.index(buffer), xq_ptrs + k0, mask)
+            async_copy.mbarrier_arrive(bar, increment_count=False)
+            step += 1
+
+
+@gluon.jit
+def _multiply_w13(
+    a,
+    w,
+    full,
+    free,
+    x_scale_ptr,
+    w13_scale_ptr,
+    bias_ptr,
+    topk_weights_ptr,
+    sorted_pairs_ptr,
+    tile_experts_ptr,
+    num_tiles,
+    h_ptr,
+    num_pairs,
+    N,
+    K,
+    topk,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    PER_CHANNEL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    WEIGH: gl.constexpr,
+    SWIGLUSTEP_LIMIT: gl.constexpr,
+):
+    num_n = gl.cdiv(N, BLOCK_N)
+    step = 0
+    for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
+        tile = i // num_n
+        n0 = i % num_n * BLOCK_N
+        expert = gl.load(tile_experts_ptr + tile).to(gl.int64)
+        sums, step = _multiply(
+            a,
+            w,
+            full,
+            free,
+            step,
+            K,
+            BLOCK_M,
+            2 * BLOCK_N,
+            BLOCK_K,
+            STAGES,
+            NUM_WARPS,
+            True,
+        )
+        gate_sums, up_sums = _halves(sums, BLOCK_M, 2 * BLOCK_N)
+        layout: gl.constexpr = gate_sums.type.layout
+        _, pairs, is_pair = _pairs_of(
+            tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout
+        )
+        x_scale = gl.load(x_scale_ptr + pairs // topk, mask=is_pair, other=0.0)
+        n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+        w_rows = expert * 2 * N + gl.minimum(n, N - 1)
+        gate = _scale(gate_sums, x_scale, w13_scale_ptr, w_rows, expert, PER_CHANNEL)
+        up = _scale(up_sums, x_scale, w13_scale_ptr, w_rows + N, expert, PER_CHANNEL)
+        if HAS_BIAS:
+            gate += _along_w(gl.load(bias_ptr + w_rows).to(gl.float32))
+            up += _along_w(gl.load(bias_ptr + w_rows + N).to(gl.float32))
+        if WEIGH:
+            weight = gl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
+            gate *= _along_a(weight.to(gl.float32))
+            up *= _along_a(weight.to(gl.float32))
+        gate = gate / (1.0 + gl.exp(-gate))
+        if SWIGLUSTEP_LIMIT is not None:
+            gate = gl.minimum(gate, SWIGLUSTEP_LIMIT)
+            up = gl.minimum(gl.maximum(up, -SWIGLUSTEP_LIMIT), SWIGLUSTEP_LIMIT)
+        h = (gate * up).to(h_ptr.dtype.element_ty)
+        wide: gl.constexpr = _lines(BLOCK_N, NUM_WARPS)
+        h = gl.convert_layout(h, wide)
+        rows, _, is_pair = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, wide)
+        n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, wide))
+        h_ptrs = h_ptr + _along_a(rows.to(gl.int64) * N) + _along_w(n)
+        gl.store(h_ptrs, h, mask=_along_a(is_pair) & _along_w(n < N))
+
+
+@gluon.jit(do_not_specialize=["num_pairs", "topk"])
+def w13_kernel(
+    xq_ptr,
+    x_scale_ptr,
+    w13,
+    w13_scale_ptr,
+    bias_ptr,
+    topk_weights_ptr,
+    sorted_pairs_ptr,
+    tile_experts_ptr,
+    num_tiles_ptr,
+    h_ptr,
+    num_pairs,
+    N,
+    K,
+    topk,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    PER_CHANNEL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    WEIGH: gl.constexpr,
+    SWIGLUSTEP_LIMIT: gl.constexpr,
+):
+    """`int8_moe_kernels.w13_kernel`; w13 is a descriptor of boxes of BLOCK_N rows.
+
+    NUM_WARPS multiply, GATHER_WARPS copy.
+    """
+    a, w, full, free = _buffers(
+        BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, 1 + 32 * GATHER_WARPS
+    )
+    num_tiles = gl.load(num_tiles_ptr)
+    gl.warp_specialize(
+        [
+            (
+                _multiply_w13,
+                (
+                    a,
+                    w,
+                    full,
+                    free,
+                    x_scale_ptr,
+                    w13_scale_ptr,
+                    bias_ptr,
+                    topk_weights_ptr,
+                    sorted_pairs_ptr,
+                    tile_experts_ptr,
+                    num_tiles,
+                    h_ptr,
+                    num_pairs,
+                    N,
+                    K,
+                    topk,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    STAGES,
+                    NUM_WARPS,
+                    PER_CHANNEL,
+                    HAS_BIAS,
+                    WEIGH,
+                    SWIGLUSTEP_LIMIT,
+                ),
+            ),
+            (
+                _copy_w13,
+                (
+                    xq_ptr,
+                    w13,
+                    a,
+                    w,
+                    full,
+                    free,
+                    sorted_pairs_ptr,
+                    tile_experts_ptr,
+                    num_tiles,
+                    num_pairs,
+                    N,
+                    K,
+                    topk,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    STAGES,
+                ),
+            ),
+        ],
+        [GATHER_WARPS],
+        [GATHER_REGISTERS],
+    )
+
+
+@gluon.jit
+def _copy_w2(
+    hq,
+    w2,
+    a,
+    w,
+    full,
+    free,
+    tile_experts_ptr,
+    num_tiles,
+    N,
+    K,
+    first_n,
+    end_n,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    num_n = gl.cdiv(end_n - first_n, BLOCK_N)
+    step = 0
+    for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
+        tile = i // num_n
+        expert = gl.load(tile_experts_ptr + tile)
+        row = expert * N + first_n + i % num_n * BLOCK_N
+        for k0 in range(0, K, BLOCK_K):
+            buffer = step % STAGES
+            mbarrier.wait(free.index(buffer), step // STAGES & 1 ^ 1)
+            bar = full.index(buffer)
+            mbarrier.expect(bar, hq.block_type.nbytes + w2.block_type.nbytes)
+            a_row = tile * BLOCK_M
+            tma.async_copy_global_to_shared(hq, [a_row, k0], bar, a.index(buffer))
+            tma.async_copy_global_to_shared(w2, [row, k0], bar, w.index(buffer))
+            step += 1
+
+
+@gluon.jit
+def _write_w2(
+    sums,
+    h_scale_ptr,
+    w2_scale_ptr,
+    bias_ptr,
+    topk_weights_ptr,
+    sorted_pairs_ptr,
+    tile,
+    expert,
+    y_ptr,
+    num_pairs,
+    N,
+    n0,
+    first_n,
+    end_n,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    PER_CHANNEL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    WEIGH: gl.constexpr,
+):
+    layout: gl.constexpr = sums.type.layout
+    rows, pairs, is_pair = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout)
+    h_scale = gl.load(h_scale_ptr + rows, mask=is_pair, other=0.0)
+    n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+    w_rows = expert * N + gl.minimum(n, N - 1)
+    y = _scale(sums, h_scale, w2_scale_ptr, w_rows, expert, PER_CHANNEL)
+    if HAS_BIAS:
+        y += _along_w(gl.load(bias_ptr + w_rows).to(gl.float32))
+    if WEIGH:
+        weight = gl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
+        y *= _along_a(weight.to(gl.float32))
+    wide: gl.constexpr = _lines(BLOCK_N, NUM_WARPS)
+    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), wide)
+    _, pairs, is_pair = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, wide)
+    n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, wide))
+    y_rows = y_ptr + _along_a(pairs.to(gl.int64) * (end_n - first_n))
+    mask = _along_a(is_pair) & _along_w(n < end_n)
+    gl.store(y_rows + _along_w(n - first_n), y, mask=mask)
+
+
+@gluon.jit
+def _multiply_w2(
+    a,
+    w,
+    full,
+    free,
+    h_scale_ptr,
+    w2_scale_ptr,
+    bias_ptr,
+    topk_weights_ptr,
+    sorted_pairs_ptr,
+    tile_experts_ptr,
+    num_tiles,
+    y_ptr,
+    num_pairs,
+    N,
+    K,
+    first_n,
+    end_n,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    PER_CHANNEL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    WEIGH: gl.constexpr,
+):
+    num_n = gl.cdiv(end_n - first_n, BLOCK_N)
+    step = 0
+    for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
+        tile = i // num_n
+        n0 = first_n + i % num_n * BLOCK_N
+        expert = gl.load(tile_experts_ptr + tile).to(gl.int64)
+        sums, step = _multiply(
+            a,
+            w,
+            full,
+            free,
+            step,
+            K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            STAGES,
+            NUM_WARPS,
+            False,
+        )
+        # In halves, which need half the shared memory to be put in lines.
+        left, right = _halves(sums, BLOCK_M, BLOCK_N)
+        for half in gl.static_range(2):
+            _write_w2(
+                right if half else left,
+                h_scale_ptr,
+                w2_scale_ptr,
+                bias_ptr,
+                topk_weights_ptr,
+                sorted_pairs_ptr,
+                tile,
+                expert,
+                y_ptr,
+                num_pairs,
+                N,
+                n0 + half * (BLOCK_N // 2),
+                first_n,
+                end_n,
+                BLOCK_M,
+                BLOCK_N // 2,
+                NUM_WARPS,
+                PER_CHANNEL,
+                HAS_BIAS,
+                WEIGH,
+            )
+
+
+@gluon.jit(do_not_specialize=["num_pairs"])
+def w2_kernel(
+    hq,
+    h_scale_ptr,
+    w2,
+    w2_scale_ptr,
+    bias_ptr,
+    topk_weights_ptr,
+    sorted_pairs_ptr,
+    tile_experts_ptr,
+    num_tiles_ptr,
+    y_ptr,
+    num_pairs,
+    N,
+    K,
+    first_n,
+    end_n,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    PER_CHANNEL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    WEIGH: gl.constexpr,
+):
+    """`int8_moe_kernels.w2_kernel`; hq and w2 are descriptors of BLOCK_M and BLOCK_N
+    rows.
+
+    NUM_WARPS multiply, COPY_WARPS copy.
+    """
+    a, w, full, free = _buffers(BLOCK_M, BLOCK_N, BLOCK_K, STAGES, 1)
+    num_tiles = gl.load(num_tiles_ptr)
+    gl.warp_specialize(
+        [
+            (
+                _multiply_w2,
+                (
+                    a,
+                    w,
+                    full,
+                    free,
+                    h_scale_ptr,
+                    w2_scale_ptr,
+                    bias_ptr,
+                    topk_weights_ptr,
+                    sorted_pairs_ptr,
+                    tile_experts_ptr,
+                    num_tiles,
+                    y_ptr,
+                    num_pairs,
+                    N,
+                    K,
+                    first_n,
+                    end_n,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    STAGES,
+                    NUM_WARPS,
+                    PER_CHANNEL,
+                    HAS_BIAS,
+                    WEIGH,
+                ),
+            ),
+            (
+                _copy_w2,
+                (
+                    hq,
+                    w2,
+                    a,
+                    w,
+                    full,
+                    free,
+                    tile_experts_ptr,
+                    num_tiles,
+                    N,
+                    K,
+                    first_n,
+                    end_n,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    STAGES,
+                ),
+            ),
+        ],
+        [COPY_WARPS],
+        [COPY_REGISTERS],
+    )
