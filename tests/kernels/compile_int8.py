@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
-from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_hopper
+from vllm.model_executor.layers.fused_moe import int8_moe
 from vllm.model_executor.layers.fused_moe.int8_moe_configs import Architecture
 from vllm.model_executor.layers.fused_moe.router import triton_router
 from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
@@ -106,16 +106,6 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
             options["launch_pdl"] = True
         found.append((kernel, args, options | {"PDL": pdl}))
 
-    class Recorded:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, _: Any) -> Any:
-            return lambda *args, **options: found.append((self.kernel, args, options))
-
-    for name in ("w13_kernel", "w2_kernel"):
-        kernel = getattr(int8_moe_hopper, name)
-        setattr(int8_moe_hopper, name, Recorded(kernel))
     int8_moe.launch = int8_few_tokens.launch = record
     triton_router.launch = qk_norm_rope.launch = record
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):

@@ -51,6 +51,7 @@ def run_w2(module: ModuleType, programs: int = 2) -> bool:
         PER_CHANNEL=False,
         HAS_BIAS=False,
         WEIGH=False,
+        PDL=False,
         num_warps=4,
     )
     of_pairs = w[experts.repeat_interleave(BLOCK).long()][:pairs]
@@ -90,6 +91,7 @@ def run_w13(module: ModuleType) -> bool:
         HAS_BIAS=False,
         WEIGH=False,
         SWIGLUSTEP_LIMIT=None,
+        PDL=False,
         num_warps=4,
     )
     exact = x[tokens].double() @ w[0].double().T * 2.0**-20

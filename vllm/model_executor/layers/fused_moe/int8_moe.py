@@ -356,9 +356,10 @@ def run_int8_experts(
     if p.hopper:
         weights = _hopper_boxes(w13.view(-1, hidden_size), p.block_w // 2, p.block_k)
         _launch_hopper(
-            "w13_kernel",
+            _hopper_kernels().w13_kernel,
             p,
             min(programs, num_sms(x)),
+            pdl,
             xq,
             x_scale,
             weights,
@@ -448,9 +449,10 @@ def run_int8_experts(
             )
         elif p.hopper:
             _launch_hopper(
-                "w2_kernel",
+                _hopper_kernels().w2_kernel,
                 p,
                 min(programs, num_sms(x)),
+                pdl,
                 *w2_args,
                 BLOCK_M=block_m,
                 BLOCK_N=p.block_w,
@@ -642,13 +644,25 @@ def _launch_product(
     )
 
 
-def _launch_hopper(
-    name: str, product: Product, programs: int, *args: Any, **constants: Any
-) -> None:
+def _hopper_kernels() -> Any:
     # Gluon is not where Triton is not, or an older one.
     from vllm.model_executor.layers.fused_moe import int8_moe_hopper
 
-    getattr(int8_moe_hopper, name)[(programs,)](
+    return int8_moe_hopper
+
+
+def _launch_hopper(
+    kernel: Any,
+    product: Product,
+    programs: int,
+    pdl: bool,
+    *args: Any,
+    **constants: Any,
+) -> None:
+    launch(
+        kernel,
+        (programs,),
+        pdl,
         *args,
         BLOCK_K=product.block_k,
         STAGES=product.num_stages,

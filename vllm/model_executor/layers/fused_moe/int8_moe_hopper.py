@@ -22,13 +22,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Warps that gather tokens, and registers of each of their threads; one warp is enough
 # to ask for tiles that lie together.
 GATHER_WARPS = gl.constexpr(4)
-GATHER_REGISTERS = gl.constexpr(56)
+GATHER_REGISTERS = gl.constexpr(40)
 COPY_WARPS = gl.constexpr(1)
 COPY_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit
+def _wait_for_inputs(PDL: gl.constexpr):
+    """`int8_triton.wait_for_inputs`, for Gluon."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @gluon.jit
@@ -298,11 +307,13 @@ def w13_kernel(
     HAS_BIAS: gl.constexpr,
     WEIGH: gl.constexpr,
     SWIGLUSTEP_LIMIT: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """`int8_moe_kernels.w13_kernel`; w13 is a descriptor of boxes of BLOCK_N rows.
 
     NUM_WARPS multiply, GATHER_WARPS copy.
     """
+    _wait_for_inputs(PDL)
     a, w, full, free = _buffers(
         BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, 1 + 32 * GATHER_WARPS
     )
@@ -546,12 +557,14 @@ def w2_kernel(
     PER_CHANNEL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     WEIGH: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """`int8_moe_kernels.w2_kernel`; hq and w2 are descriptors of BLOCK_M and BLOCK_N
     rows.
 
     NUM_WARPS multiply, COPY_WARPS copy.
     """
+    _wait_for_inputs(PDL)
     a, w, full, free = _buffers(BLOCK_M, BLOCK_N, BLOCK_K, STAGES, 1)
     num_tiles = gl.load(num_tiles_ptr)
     gl.warp_specialize(
