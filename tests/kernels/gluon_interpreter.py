@@ -428,7 +428,9 @@ class Kernel:
         self.interpreter, self.function = interpreter, function
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-        def launch(*args: Any, num_warps: int, **options: Any) -> None:
+        def launch(
+            *args: Any, num_warps: int, maxnreg: int = 255, **options: Any
+        ) -> None:
             values = [_argument(value) for value in args]
             for i in range(grid[0]):
                 self.interpreter.program = Program(i, grid[0])

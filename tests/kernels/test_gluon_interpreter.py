@@ -157,7 +157,7 @@ MISTAKES = {
         "warpgroup_mma_wait(1",
         "wrong|unfinished",
     ),
-    "rows of another tile": ("a_row = tile * BLOCK_M", "a_row = tile", "wrong"),
+    "rows of another tile": ("a_row = i // num_n * BLOCK_M", "a_row = tile", "wrong"),
     "columns beyond the tensor": ("mask=mask)", "mask=None)", "outside"),
 }
 

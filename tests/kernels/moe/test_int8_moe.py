@@ -61,7 +61,7 @@ NARROW = Config(
 HOPPER = Config(
     128,
     Product(128, 32, 8, 3, hopper=True),
-    Product(64, 32, 8, 2, tma_w=True, tma_a=True, hopper=True),
+    Product(64, 32, 4, 2, tma_w=True, tma_a=True, hopper=True, programs=2),
 )
 NARROW_WIDE = Config(32, Product(64, 32), Product(32, 256, blocks=2))
 FEW = FewConfig(8, 4, 1, 0, 4, 4, 1, 0)

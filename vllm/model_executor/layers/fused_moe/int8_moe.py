@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """INT8 (W8A8) fused MoE in Triton: the layer, a registered torch op."""
 
+import functools
 from typing import Any
 
 import torch
@@ -358,7 +359,7 @@ def run_int8_experts(
         _launch_hopper(
             _hopper_kernels().w13_kernel,
             p,
-            min(programs, num_sms(x)),
+            min(programs, p.programs * num_sms(x)),
             pdl,
             xq,
             x_scale,
@@ -451,7 +452,7 @@ def run_int8_experts(
             _launch_hopper(
                 _hopper_kernels().w2_kernel,
                 p,
-                min(programs, num_sms(x)),
+                min(programs, p.programs * num_sms(x)),
                 pdl,
                 *w2_args,
                 BLOCK_M=block_m,
@@ -659,6 +660,9 @@ def _launch_hopper(
     *args: Any,
     **constants: Any,
 ) -> None:
+    if product.programs > 1:
+        # Of 65,536; as many warps copy, at most, as multiply.
+        constants["maxnreg"] = 1024 // (product.programs * product.num_warps)
     launch(
         kernel,
         (programs,),
@@ -672,14 +676,19 @@ def _launch_hopper(
     )
 
 
+@functools.cache
+def _hopper_layout(block_rows: int, block_k: int) -> Any:
+    from triton.experimental.gluon.language import NVMMASharedLayout, int8
+
+    return NVMMASharedLayout.get_default_for([block_rows, block_k], int8)
+
+
 def _hopper_boxes(matrix: torch.Tensor, block_rows: int, block_k: int) -> Any:
     """`_boxes` for Gluon, which is told how they lie in shared memory."""
-    from triton.experimental.gluon.language import NVMMASharedLayout, int8
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    block = [block_rows, block_k]
-    layout = NVMMASharedLayout.get_default_for(block, int8)
-    return TensorDescriptor.from_tensor(matrix, block, layout)
+    layout = _hopper_layout(block_rows, block_k)
+    return TensorDescriptor.from_tensor(matrix, [block_rows, block_k], layout)
 
 
 def _boxes(matrix: torch.Tensor, block_rows: int, block_k: int) -> Any:

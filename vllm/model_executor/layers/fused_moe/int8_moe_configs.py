@@ -32,8 +32,10 @@ class Product:
     # Blocks of block_w rows that a program takes in turn, in place of steps over K; w2
     # alone, of experts no wider than block_k. 0: steps over K.
     blocks: int = 0
-    # The kernels of int8_moe_hopper.py, with num_stages buffers.
+    # The kernels of int8_moe_hopper.py, with num_stages buffers; `programs` of them
+    # share a multiprocessor.
     hopper: bool = False
+    programs: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ def _same(block_m: int, product: Product) -> Config:
 # The most pairs for each expert, on average, and the tiles up to there. Up to 80 the
 # weights are the traffic: a tile is thin, so that one holds all of an expert's pairs
 # and weights are read once, and the weights fill the tensor core's 64 rows. Beyond, a
-# tile is as large as the accumulators in registers allow.
+# tile is as large as the accumulators in registers allow. _HOPPER_MANY's kernels take
+# the host longer to launch, for more pairs than _HOPPER_FEWER_PAIRS it does not show.
 _THIN = Product(64, 256, 4, 4, swap=True, tma_w=True)
 _WIDE = Product(128, 128, 4, 3, tma_w=True, tma_a=True)
-_HOPPER_WIDE = Product(256, 128, 8, 4, tma_w=True, tma_a=True, hopper=True)
 _HOPPER = (
     (8, Config(16, _THIN, replace(_THIN, num_stages=3), pdl=True)),
     (16, Config(32, _THIN, replace(_THIN, num_stages=3), pdl=True)),
@@ -89,8 +91,15 @@ _HOPPER = (
         ),
     ),
     (80, Config(64, replace(_THIN, block_w=128, num_stages=3), _WIDE, pdl=True)),
-    (512, Config(128, _HOPPER_WIDE, _HOPPER_WIDE, pdl=True)),
-    (float("inf"), Config(128, _HOPPER_WIDE, _HOPPER_WIDE)),
+    (float("inf"), Config(128, Product(128, 128, 4, 3, tma_w=True), _WIDE, pdl=True)),
+)
+_HOPPER_FEWER_PAIRS = 8192
+_MANY_W13 = Product(256, 128, 8, 4, tma_w=True, hopper=True)
+_MANY_W2 = Product(128, 128, 4, 3, tma_w=True, tma_a=True, hopper=True, programs=2)
+_HOPPER_MANY = (
+    *_HOPPER[:-1],
+    (512, Config(128, _MANY_W13, _MANY_W2, pdl=True)),
+    (float("inf"), Config(128, _MANY_W13, _MANY_W2)),
 )
 # Experts of 256 columns or fewer: w2 has but one step.
 _NARROW_W2 = Product(128, 256, 4, 3, swap=True, tma_w=True, blocks=4)
@@ -139,8 +148,11 @@ def choose_config(
 ) -> Config:
     """The tiles for num_pairs pairs spread over num_ids experts, of all ranks."""
     table = _TABLES[architecture]
-    if architecture == "hopper" and intermediate_size <= 256:
-        table = _HOPPER_NARROW
+    if architecture == "hopper":
+        if intermediate_size <= 256:
+            table = _HOPPER_NARROW
+        elif num_pairs > _HOPPER_FEWER_PAIRS:
+            table = _HOPPER_MANY
     per_expert = num_pairs / num_ids
     return next(c for most, c in table if per_expert <= most)
 

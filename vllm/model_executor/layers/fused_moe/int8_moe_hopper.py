@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 # Warps that gather tokens, and registers of each of their threads; one warp is enough
 # to ask for tiles that lie together.
 GATHER_WARPS = gl.constexpr(4)
-GATHER_REGISTERS = gl.constexpr(40)
+GATHER_REGISTERS = gl.constexpr(56)
 COPY_WARPS = gl.constexpr(1)
 COPY_REGISTERS = gl.constexpr(24)
 
@@ -65,6 +65,13 @@ def _buffers(
     return a, w, full, free
 
 
+@gluon.constexpr_function
+def _sums_layout(columns: int, num_warps: int) -> gl.NVMMADistributedLayout:
+    return gl.NVMMADistributedLayout(
+        [3, 0], [num_warps, 1], [16, min(columns, 128), 32]
+    )
+
+
 @gluon.jit
 def _multiply(
     a,
@@ -84,10 +91,7 @@ def _multiply(
 
     A buffer is free again when the product that reads it has ended, one step later.
     """
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [NUM_WARPS, 1], [16, min(BLOCK_W, 128), 32]
-    )
-    sums = gl.zeros([BLOCK_M, BLOCK_W], gl.int32, layout)
+    sums = gl.zeros([BLOCK_M, BLOCK_W], gl.int32, _sums_layout(BLOCK_W, NUM_WARPS))
     for k in range(0, K, BLOCK_K):
         buffer = step % STAGES
         mbarrier.wait(full.index(buffer), step // STAGES & 1)
@@ -101,6 +105,12 @@ def _multiply(
     sums = warpgroup_mma_wait(0, deps=(sums,))
     mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
     return sums, step
+
+
+@gluon.jit
+def _tile_of(turn, num_n, num_tiles):
+    """The tile of a turn; of one beyond the last, some tile that lies in memory."""
+    return gl.maximum(gl.minimum(turn // num_n, num_tiles - 1), 0)
 
 
 @gluon.jit
@@ -128,20 +138,32 @@ def _along_w(values):
 
 
 @gluon.jit
+def _w_scale(w_scale_ptr, w_rows, expert, PER_CHANNEL: gl.constexpr):
+    if PER_CHANNEL:
+        w_scale = gl.load(w_scale_ptr + w_rows)
+    else:
+        w_scale = gl.load(w_scale_ptr + expert + w_rows * 0)
+    return w_scale
+
+
+@gluon.jit
 def _scale(
     sums,
     a_scale,
-    w_scale_ptr,
+    w_scale,
+    bias_ptr,
+    weight,
     w_rows,
-    expert,
-    PER_CHANNEL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    WEIGH: gl.constexpr,
 ):
-    """Sums times a_scale [BLOCK_M] and the weights' scales."""
-    if PER_CHANNEL:
-        scale = _along_a(a_scale) * _along_w(gl.load(w_scale_ptr + w_rows))
-    else:
-        scale = _along_a(a_scale) * gl.load(w_scale_ptr + expert)
-    return sums.to(gl.float32) * scale
+    """Sums times a_scale [BLOCK_M] and the weights' scales, the bias, the weight."""
+    x = sums.to(gl.float32) * (_along_a(a_scale) * _along_w(w_scale))
+    if HAS_BIAS:
+        x += _along_w(gl.load(bias_ptr + w_rows).to(gl.float32))
+    if WEIGH:
+        x *= _along_a(weight)
+    return x
 
 
 @gluon.constexpr_function
@@ -181,10 +203,19 @@ def _copy_w13(
     k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
     num_n = gl.cdiv(N, BLOCK_N)
     step = 0
+    tile = _tile_of(gl.program_id(0), num_n, num_tiles)
+    next_expert = gl.load(tile_experts_ptr + tile)
+    _, next_pairs, next_is_pair = _pairs_of(
+        tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout
+    )
     for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
-        tile = i // num_n
-        row = gl.load(tile_experts_ptr + tile) * 2 * N + i % num_n * BLOCK_N
-        _, pairs, is_pair = _pairs_of(
+        row = next_expert * 2 * N + i % num_n * BLOCK_N
+        pairs = next_pairs
+        is_pair = next_is_pair
+        # The next tile's are asked for before they are needed.
+        tile = _tile_of(i + gl.num_programs(0), num_n, num_tiles)
+        next_expert = gl.load(tile_experts_ptr + tile)
+        _, next_pairs, next_is_pair = _pairs_of(
             tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout
         )
         tokens = (pairs // topk).to(gl.int64)
@@ -232,12 +263,29 @@ def _multiply_w13(
     WEIGH: gl.constexpr,
     SWIGLUSTEP_LIMIT: gl.constexpr,
 ):
+    layout: gl.constexpr = _sums_layout(2 * BLOCK_N, NUM_WARPS)
+    wide: gl.constexpr = _lines(BLOCK_N, NUM_WARPS)
     num_n = gl.cdiv(N, BLOCK_N)
     step = 0
     for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
         tile = i // num_n
         n0 = i % num_n * BLOCK_N
+        # What sums are multiplied by is asked for before it is needed.
         expert = gl.load(tile_experts_ptr + tile).to(gl.int64)
+        _, pairs, is_pair = _pairs_of(
+            tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout
+        )
+        x_scale = gl.load(x_scale_ptr + pairs // topk, mask=is_pair, other=0.0)
+        weight = x_scale
+        if WEIGH:
+            weight = gl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
+            weight = weight.to(gl.float32)
+        n = gl.arange(0, 2 * BLOCK_N, gl.SliceLayout(0, layout))
+        is_up = n // BLOCK_N
+        n = n0 + n % BLOCK_N
+        w_rows = expert * 2 * N + is_up * N + gl.minimum(n, N - 1)
+        w_scale = _w_scale(w13_scale_ptr, w_rows, expert, PER_CHANNEL)
+        rows, _, is_row = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, wide)
         sums, step = _multiply(
             a,
             w,
@@ -252,34 +300,26 @@ def _multiply_w13(
             NUM_WARPS,
             True,
         )
-        gate_sums, up_sums = _halves(sums, BLOCK_M, 2 * BLOCK_N)
-        layout: gl.constexpr = gate_sums.type.layout
-        _, pairs, is_pair = _pairs_of(
-            tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout
+        both = _scale(
+            sums,
+            x_scale,
+            w_scale,
+            bias_ptr,
+            weight,
+            w_rows,
+            HAS_BIAS,
+            WEIGH,
         )
-        x_scale = gl.load(x_scale_ptr + pairs // topk, mask=is_pair, other=0.0)
-        n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-        w_rows = expert * 2 * N + gl.minimum(n, N - 1)
-        gate = _scale(gate_sums, x_scale, w13_scale_ptr, w_rows, expert, PER_CHANNEL)
-        up = _scale(up_sums, x_scale, w13_scale_ptr, w_rows + N, expert, PER_CHANNEL)
-        if HAS_BIAS:
-            gate += _along_w(gl.load(bias_ptr + w_rows).to(gl.float32))
-            up += _along_w(gl.load(bias_ptr + w_rows + N).to(gl.float32))
-        if WEIGH:
-            weight = gl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
-            gate *= _along_a(weight.to(gl.float32))
-            up *= _along_a(weight.to(gl.float32))
+        gate, up = _halves(both, BLOCK_M, 2 * BLOCK_N)
         gate = gate / (1.0 + gl.exp(-gate))
         if SWIGLUSTEP_LIMIT is not None:
             gate = gl.minimum(gate, SWIGLUSTEP_LIMIT)
             up = gl.minimum(gl.maximum(up, -SWIGLUSTEP_LIMIT), SWIGLUSTEP_LIMIT)
         h = (gate * up).to(h_ptr.dtype.element_ty)
-        wide: gl.constexpr = _lines(BLOCK_N, NUM_WARPS)
         h = gl.convert_layout(h, wide)
-        rows, _, is_pair = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, wide)
         n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, wide))
         h_ptrs = h_ptr + _along_a(rows.to(gl.int64) * N) + _along_w(n)
-        gl.store(h_ptrs, h, mask=_along_a(is_pair) & _along_w(n < N))
+        gl.store(h_ptrs, h, mask=_along_a(is_row) & _along_w(n < N))
 
 
 @gluon.jit(do_not_specialize=["num_pairs", "topk"])
@@ -399,62 +439,22 @@ def _copy_w2(
 ):
     num_n = gl.cdiv(end_n - first_n, BLOCK_N)
     step = 0
+    tile = _tile_of(gl.program_id(0), num_n, num_tiles)
+    next_expert = gl.load(tile_experts_ptr + tile)
     for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
-        tile = i // num_n
-        expert = gl.load(tile_experts_ptr + tile)
-        row = expert * N + first_n + i % num_n * BLOCK_N
+        a_row = i // num_n * BLOCK_M
+        row = next_expert * N + first_n + i % num_n * BLOCK_N
+        # The next tile's is asked for before it is needed.
+        tile = _tile_of(i + gl.num_programs(0), num_n, num_tiles)
+        next_expert = gl.load(tile_experts_ptr + tile)
         for k0 in range(0, K, BLOCK_K):
             buffer = step % STAGES
             mbarrier.wait(free.index(buffer), step // STAGES & 1 ^ 1)
             bar = full.index(buffer)
             mbarrier.expect(bar, hq.block_type.nbytes + w2.block_type.nbytes)
-            a_row = tile * BLOCK_M
             tma.async_copy_global_to_shared(hq, [a_row, k0], bar, a.index(buffer))
             tma.async_copy_global_to_shared(w2, [row, k0], bar, w.index(buffer))
             step += 1
-
-
-@gluon.jit
-def _write_w2(
-    sums,
-    h_scale_ptr,
-    w2_scale_ptr,
-    bias_ptr,
-    topk_weights_ptr,
-    sorted_pairs_ptr,
-    tile,
-    expert,
-    y_ptr,
-    num_pairs,
-    N,
-    n0,
-    first_n,
-    end_n,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    NUM_WARPS: gl.constexpr,
-    PER_CHANNEL: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    WEIGH: gl.constexpr,
-):
-    layout: gl.constexpr = sums.type.layout
-    rows, pairs, is_pair = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout)
-    h_scale = gl.load(h_scale_ptr + rows, mask=is_pair, other=0.0)
-    n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-    w_rows = expert * N + gl.minimum(n, N - 1)
-    y = _scale(sums, h_scale, w2_scale_ptr, w_rows, expert, PER_CHANNEL)
-    if HAS_BIAS:
-        y += _along_w(gl.load(bias_ptr + w_rows).to(gl.float32))
-    if WEIGH:
-        weight = gl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
-        y *= _along_a(weight.to(gl.float32))
-    wide: gl.constexpr = _lines(BLOCK_N, NUM_WARPS)
-    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), wide)
-    _, pairs, is_pair = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, wide)
-    n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, wide))
-    y_rows = y_ptr + _along_a(pairs.to(gl.int64) * (end_n - first_n))
-    mask = _along_a(is_pair) & _along_w(n < end_n)
-    gl.store(y_rows + _along_w(n - first_n), y, mask=mask)
 
 
 @gluon.jit
@@ -485,12 +485,26 @@ def _multiply_w2(
     HAS_BIAS: gl.constexpr,
     WEIGH: gl.constexpr,
 ):
+    layout: gl.constexpr = _sums_layout(BLOCK_N, NUM_WARPS)
+    wide: gl.constexpr = _lines(BLOCK_N // 2, NUM_WARPS)
     num_n = gl.cdiv(end_n - first_n, BLOCK_N)
     step = 0
     for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
         tile = i // num_n
         n0 = first_n + i % num_n * BLOCK_N
         expert = gl.load(tile_experts_ptr + tile).to(gl.int64)
+        rows, pairs, is_pair = _pairs_of(
+            tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout
+        )
+        h_scale = gl.load(h_scale_ptr + rows, mask=is_pair, other=0.0)
+        weight = h_scale
+        if WEIGH:
+            weight = gl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
+            weight = weight.to(gl.float32)
+        n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+        w_rows = expert * N + gl.minimum(n, N - 1)
+        w_scale = _w_scale(w2_scale_ptr, w_rows, expert, PER_CHANNEL)
+        _, pairs, is_row = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, wide)
         sums, step = _multiply(
             a,
             w,
@@ -505,31 +519,25 @@ def _multiply_w2(
             NUM_WARPS,
             False,
         )
+        y = _scale(
+            sums,
+            h_scale,
+            w_scale,
+            bias_ptr,
+            weight,
+            w_rows,
+            HAS_BIAS,
+            WEIGH,
+        ).to(y_ptr.dtype.element_ty)
+        y_rows = y_ptr + _along_a(pairs.to(gl.int64) * (end_n - first_n))
         # In halves, which need half the shared memory to be put in lines.
-        left, right = _halves(sums, BLOCK_M, BLOCK_N)
+        left, right = _halves(y, BLOCK_M, BLOCK_N)
         for half in gl.static_range(2):
-            _write_w2(
-                right if half else left,
-                h_scale_ptr,
-                w2_scale_ptr,
-                bias_ptr,
-                topk_weights_ptr,
-                sorted_pairs_ptr,
-                tile,
-                expert,
-                y_ptr,
-                num_pairs,
-                N,
-                n0 + half * (BLOCK_N // 2),
-                first_n,
-                end_n,
-                BLOCK_M,
-                BLOCK_N // 2,
-                NUM_WARPS,
-                PER_CHANNEL,
-                HAS_BIAS,
-                WEIGH,
-            )
+            y_half = gl.convert_layout(right if half else left, wide)
+            n = n0 + half * (BLOCK_N // 2)
+            n += gl.arange(0, BLOCK_N // 2, gl.SliceLayout(0, wide))
+            mask = _along_a(is_row) & _along_w(n < end_n)
+            gl.store(y_rows + _along_w(n - first_n), y_half, mask=mask)
 
 
 @gluon.jit(do_not_specialize=["num_pairs"])

@@ -227,7 +227,7 @@ def choose_tiles(num_tokens: int, hidden_size: int) -> FewTiles | Tiles | None:
         return FewTiles(1 if num_tokens <= 2 else 2 if num_tokens <= 8 else 4, 4, 4)
     if num_tokens < 1024:
         return None
-    return Tiles(64, 64, 64, 4, 3)
+    return Tiles(64 if num_tokens < 2048 else 128, 64, 64, 4, 3)
 
 
 def run_product(
