@@ -458,6 +458,10 @@ def test_table_covers_every_shape() -> None:
                 config = choose_config("hopper", pairs, experts, width)
                 assert config.block_m in (16, 32, 64, 128)
                 assert not config.w2.blocks or width <= config.w2.block_k
+    assert not choose_config("hopper", 8192, 36, 1280).w2.hopper
+    assert choose_config("hopper", 16384, 36, 1280).w2.hopper
+    assert not choose_config("hopper", 16384, 288, 1280).w2.hopper
+    assert choose_config("hopper", 1024, 8, 14336).w2.hopper
     assert choose_few_config("hopper", 4, 8, 288, 1280, 4096) is not None
     assert choose_few_config("hopper", 5, 8, 288, 1280, 4096) is None
     assert choose_few_config("hopper", 8, 8, 288, 160, 4096) is not None

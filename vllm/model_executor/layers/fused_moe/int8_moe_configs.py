@@ -74,8 +74,9 @@ def _same(block_m: int, product: Product) -> Config:
 # The most pairs for each expert, on average, and the tiles up to there. Up to 80 the
 # weights are the traffic: a tile is thin, so that one holds all of an expert's pairs
 # and weights are read once, and the weights fill the tensor core's 64 rows. Beyond, a
-# tile is as large as the accumulators in registers allow. _HOPPER_MANY's kernels take
-# the host longer to launch, for more pairs than _HOPPER_FEWER_PAIRS it does not show.
+# tile is as large as the accumulators in registers allow: with _HOPPER_MANY, whose
+# kernels take the host longer to launch, which shows up to _HOPPER_FEWER columns of
+# all pairs.
 _THIN = Product(64, 256, 4, 4, swap=True, tma_w=True)
 _WIDE = Product(128, 128, 4, 3, tma_w=True, tma_a=True)
 _HOPPER = (
@@ -93,7 +94,7 @@ _HOPPER = (
     (80, Config(64, replace(_THIN, block_w=128, num_stages=3), _WIDE, pdl=True)),
     (float("inf"), Config(128, Product(128, 128, 4, 3, tma_w=True), _WIDE, pdl=True)),
 )
-_HOPPER_FEWER_PAIRS = 8192
+_HOPPER_FEWER = 8192 * 1280
 _MANY_W13 = Product(256, 128, 8, 4, tma_w=True, hopper=True)
 _MANY_W2 = Product(128, 128, 4, 3, tma_w=True, tma_a=True, hopper=True, programs=2)
 _HOPPER_MANY = (
@@ -151,7 +152,7 @@ def choose_config(
     if architecture == "hopper":
         if intermediate_size <= 256:
             table = _HOPPER_NARROW
-        elif num_pairs > _HOPPER_FEWER_PAIRS:
+        elif num_pairs * intermediate_size > _HOPPER_FEWER:
             table = _HOPPER_MANY
     per_expert = num_pairs / num_ids
     return next(c for most, c in table if per_expert <= most)
