@@ -65,7 +65,13 @@ MEMORY_SHARE = 0.95
 LATENCY = {"batch": 1, "prompt_tokens": 128, "output_tokens": 128}
 THROUGHPUT = {"batch": 64, "prompt_tokens": 8192, "output_tokens": 16}
 LATENCY_RUNS, THROUGHPUT_RUNS = 5, 2  # in a turn
-PROFILE = {"decode_batches": [1, 64, 256], "prefill": 8192}
+PROFILE = {
+    "decode": [
+        {"batch": batch, "prompt_tokens": prompt_tokens}
+        for batch, prompt_tokens in ((1, 128), (1, 8192), (64, 128), (256, 128))
+    ],
+    "prefill": 8192,
+}
 # By these Triton kernels a build is known; each must have run its own alone.
 KERNELS = {"stock": {"fused_moe_kernel"}, "fork": {"w13_kernel", "w13_few_kernel"}}
 
@@ -318,7 +324,7 @@ def phase(line: dict[str, Any]) -> dict[str, Any]:
         summary = summarize(trace, line["steps"])
     except ValueError as error:
         raise BenchmarkError(f"{line['trace']}: {error}") from error
-    return {"wall_us": round(line["wall_us"], 1), **summary}
+    return {**{name: line[name] for name in report.TIMES}, **summary}
 
 
 def check_kernels(builds: dict[str, Build]) -> None:

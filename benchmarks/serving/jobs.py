@@ -10,7 +10,9 @@ function of that name says what else. The file `out` gets a line of JSON a resul
 import json
 import random
 import signal
+import statistics
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -22,9 +24,9 @@ Emit = Callable[[dict[str, Any]], None]
 
 # Before a cell counts: enough for each kernel that it needs to be compiled.
 WARM_UP_PROMPT_TOKENS, WARM_UP_OUTPUT_TOKENS = 1 << 19, 8
-# In a profile: a few steps until all requests decode, and those that count.
-PROFILE_WARM_UP, PROFILE_STEPS = 8, 10
-PROFILE_PROMPT = 128
+# In a profile: steps until all requests decode, those that are timed, those traced.
+WARM_UP_STEPS, TIMED_STEPS, TRACED_STEPS = 8, 50, 10
+TIMED_PREFILLS = 10
 
 
 def parse(add_cli_args: Callable[[Any], Any], arguments: list[str]) -> Namespace:
@@ -139,9 +141,51 @@ def offline(job: Job, emit: Emit) -> None:
         emit({"samples": samples, "ready": engines[0][0]})
 
 
+class Gauge:
+    """The GPU's clock, MHz, and power, W, while a `with` block runs: medians of what
+    the driver says every 10 ms; None on a CPU. Power is the driver's average of up to
+    a second."""
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, float]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _sample(self) -> None:
+        import torch
+
+        sample = torch.cuda.clock_rate(), torch.cuda.power_draw() / 1000
+        self._samples.append(sample)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.01):
+            self._sample()
+
+    def __enter__(self) -> "Gauge":
+        import torch
+
+        if torch.cuda.is_available():
+            self._sample()  # here an error is seen
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._samples:
+            self._thread.join()
+
+    def medians(self) -> dict[str, float | None]:
+        names = "clock_mhz", "power_w"
+        if not self._samples:
+            return dict.fromkeys(names)
+        columns = zip(*self._samples, strict=True)
+        return dict(zip(names, map(statistics.median, columns), strict=True))
+
+
 def profile(job: Job, emit: Emit) -> None:
-    """Trace decode steps of each of `decode_batches`, and a prefill of `prefill`
-    tokens; then say how much memory torch had at most, and how much of it tensors.
+    """Time and trace steps of each of `decode`, `{"batch", "prompt_tokens"}`, and
+    prefills of `prefill` tokens one after the other; then say how much memory torch had
+    at most, and how much of it tensors.
 
     The engine, of `engine_args`, is in this process, which the profiler sees:
     VLLM_ENABLE_V1_MULTIPROCESSING is 0, and VLLM_CUSTOM_SCOPES_FOR_PROFILING 1, which
@@ -191,40 +235,43 @@ def profile(job: Job, emit: Emit) -> None:
         synchronize()
         return time.perf_counter() - started
 
-    def trace(phase: str, divisor: int, wall: float, work: Callable[[], None]) -> None:
+    def timed(number: int, work: Callable[[], None]) -> dict[str, Any]:
+        with Gauge() as gauge:
+            wall = seconds(work)
+        return {"wall_us": round(wall * 1e6 / number, 1), **gauge.medians()}
+
+    def trace(
+        phase: str, number: int, times: dict[str, Any], work: Callable[[], None]
+    ) -> None:
         activities = [ProfilerActivity.CPU]
         activities += [ProfilerActivity.CUDA] if on_gpu else []
         file = f"{out}-{phase.replace(' ', '-')}.json"
         with torch.profiler.profile(activities=activities) as profiler:
             seconds(work)
         profiler.export_chrome_trace(file)
-        emit(
-            {
-                "phase": phase,
-                "steps": divisor,
-                "wall_us": wall * 1e6 / divisor,
-                "trace": file,
-            }
-        )
+        emit({"phase": phase, "steps": number, "trace": file, **times})
 
-    for batch in job["decode_batches"]:
+    for cell in job["decode"]:
+        batch, prompt_tokens = cell["batch"], cell["prompt_tokens"]
         # Prompts share steps by the thousand tokens: one a request is enough to start.
-        most = PROFILE_WARM_UP + batch + 2 * PROFILE_STEPS + 8
-        requests = [add(PROFILE_PROMPT, most) for _ in range(batch)]
+        most = WARM_UP_STEPS + batch + TIMED_STEPS + TRACED_STEPS + 8
+        requests = [add(prompt_tokens, most) for _ in range(batch)]
         started: set[str] = set()
         while len(started) < batch:
             started |= {output.request_id for output in engine.step()}
-        steps(PROFILE_WARM_UP)
-        wall = seconds(lambda: steps(PROFILE_STEPS))
-        phase = f"decode batch {batch}"
-        trace(phase, PROFILE_STEPS, wall, lambda: steps(PROFILE_STEPS))
+        steps(WARM_UP_STEPS)
+        times = timed(TIMED_STEPS, lambda: steps(TIMED_STEPS))
+        phase = f"decode batch {batch} after {prompt_tokens}"
+        trace(phase, TRACED_STEPS, times, lambda: steps(TRACED_STEPS))
         engine.abort_request(requests)
         finish()
-    for _ in range(2):
-        add(job["prefill"], 1)
-        wall = seconds(finish)
     add(job["prefill"], 1)
-    trace(f"prefill {job['prefill']}", 1, wall, finish)
+    finish()
+    for _ in range(TIMED_PREFILLS):
+        add(job["prefill"], 1)
+    times = timed(TIMED_PREFILLS, finish)
+    add(job["prefill"], 1)
+    trace(f"prefill {job['prefill']}", 1, times, finish)
     if on_gpu:
         most = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
         emit({"torch_gib": [round(value / 2**30, 3) for value in most]})

@@ -15,6 +15,8 @@ from benchmarks.serving.errors import BenchmarkError
 
 Row = dict[str, Any]
 BUILDS = ("stock", "fork")
+# Of a phase of the profile, beside what its kernels take.
+TIMES = {"wall_us": "wall clock", "clock_mhz": "clock, MHz", "power_w": "power, W"}
 
 TTFT, TPOT = "time to first token (ms)", "time per output token (ms)"
 OUTPUT_RATE, TOTAL_RATE = "output tokens per second", "total tokens per second"
@@ -242,7 +244,10 @@ def profile_markdown(result: Mapping[str, Any]) -> str:
             kinds = [summary["kinds"][name] for summary in summaries]
             cells = " | ".join(f"{k['us']:,.1f} | {k['share']:.0%}" for k in kinds)
             lines.append(f"| {name} | {cells} |")
-        for name, label in (("gpu_us", "all kernels"), ("wall_us", "wall clock")):
+        for name, label in (("gpu_us", "all kernels"), *TIMES.items()):
+            # Clock and power are not in older results.
+            if name not in summaries[0]:
+                continue
             cells = " | ".join(f"{summary[name]:,.1f} | " for summary in summaries)
             lines.append(f"| {label} | {cells} |")
         lines.append("")

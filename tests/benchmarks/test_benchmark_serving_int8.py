@@ -277,6 +277,18 @@ def test_results_of_another_model_are_not_mixed(tmp_path: Path) -> None:
         report.load(path, "chip", 5)
 
 
+def test_tables_of_a_profile() -> None:
+    kinds = {"attention": {"us": 5.0, "share": 0.5}}
+    summary = {"kinds": kinds, "gpu_us": 10.0, "wall_us": 12.0}
+    gauged = {**summary, "clock_mhz": 1980.0, "power_w": 700.0}
+    for found, has_clock in ((summary, False), (gauged, True)):
+        builds = {build: {"prefill 8192": found} for build in report.BUILDS}
+        text = report.profile_markdown({"builds": builds})
+        assert "| attention | 5.0 | 50% | 5.0 | 50% |" in text
+        assert "| wall clock | 12.0 |  | 12.0 |  |" in text
+        assert ("| clock, MHz | 1,980.0 |  | 1,980.0 |  |" in text) == has_clock
+
+
 def test_tables_and_plot(tmp_path: Path) -> None:
     rows = [
         row(report.TPOT, 3, 2, 1, 128),
@@ -466,6 +478,47 @@ LLM = """
             print("Model loading took 2.5 GiB memory and 1.25 seconds", flush=True)
             cls.made += 1
             return cls()
+
+        def __init__(self):
+            self.llm_engine = Engine()
+            self.model_config = Model()
+
+    class Model:
+        def get_vocab_size(self):
+            return 9
+
+    class Engine:
+        def __init__(self):
+            self.left = {}
+
+        def add_request(self, name, prompt, params):
+            self.left[name] = params["max_tokens"]
+
+        def has_unfinished_requests(self):
+            return bool(self.left)
+
+        def abort_request(self, names):
+            assert self.left.keys() == set(names), "requests ended before the trace did"
+            self.left = {}
+
+        def step(self):
+            assert self.left, "a step of nothing"
+            outputs = [Output(name) for name in self.left]
+            self.left = {n: most - 1 for n, most in self.left.items() if most > 1}
+            return outputs
+
+    class Output:
+        def __init__(self, name):
+            self.request_id = name
+
+    class EngineArgs:
+        @staticmethod
+        def add_cli_args(parser):
+            parser.add_argument("--model")
+
+        from_cli_args = staticmethod(lambda args: args)
+
+    SamplingParams = dict
 """
 # Latencies count all calls, rates tell the prompts and how many engines there are.
 LATENCY = """
@@ -589,6 +642,21 @@ def test_engines_are_asked_in_turns(tmp_path: Path) -> None:
     rate = benchmark.THROUGHPUT["batch"] + 0.1  # one engine of each build
     for build in report.BUILDS:
         assert throughput["runs"][build] == [rate] * 2 * benchmark.THROUGHPUT_RUNS
+
+
+def test_profile_times_and_traces_each_phase(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path)
+    job = {"job": "profile", "engine_args": [], **benchmark.PROFILE}
+    build = settings.builds["fork"]
+    with benchmark.running_job(settings, build, job) as (process, out):
+        lines = list(processes.results(process, out))
+    cells = [(1, 128), (1, 8192), (64, 128), (256, 128)]
+    phases = [f"decode batch {batch} after {tokens}" for batch, tokens in cells]
+    assert [line["phase"] for line in lines] == [*phases, "prefill 8192"]
+    assert [line["steps"] for line in lines] == [10, 10, 10, 10, 1]
+    for line in lines:
+        assert line["wall_us"] > 0 and json.loads(Path(line["trace"]).read_text())
+        assert torch.cuda.is_available() == (line["clock_mhz"] is not None)
 
 
 def test_engine_that_dies_ends_all_loudly(tmp_path: Path) -> None:
