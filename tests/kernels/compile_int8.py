@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
-from vllm.model_executor.layers.fused_moe import int8_moe
+from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_hopper
 from vllm.model_executor.layers.fused_moe.int8_moe_configs import Architecture
 from vllm.model_executor.layers.fused_moe.router import triton_router
 from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
@@ -38,7 +38,7 @@ TARGETS: dict[str, tuple[GPUTarget, Architecture]] = {
 }
 EXPERTS, HIDDEN, TOPK = 36, 4096, 8
 WIDTHS = (1280, 160)
-TOKENS = (1, 16, 64, 256, 1024, 4096)
+TOKENS = (1, 16, 64, 256, 1024, 2048, 4096)
 LINEAR = ((1792, 1536), (5120, 2048), (14336, 4096), (4096, 8192), (4096, 12288))
 HEADS, HEAD_DIM = ((64, 64), (96, 128)), 128
 ROUTER_TOKENS, ROUTER_EXPERTS = (1, 4, 16, 1024, 4096), 288
@@ -70,14 +70,15 @@ def run_experts(
     num_tokens: int,
     topk: int,
     num_ids: int,
+    num_experts: int,
     hidden_size: int,
     width: int,
-    num_ranks: int = 1,
+    bias: bool = False,
 ) -> None:
-    """The fused MoE on tensors without memory; one of num_ranks has its share."""
-    num_experts = num_ids // num_ranks
+    """The fused MoE on tensors without memory; this rank has num_experts of num_ids."""
+    shape = num_experts, hidden_size, width
     int8_moe.run_int8_experts(
-        int8_moe.choose(architecture, num_tokens, topk, num_ids, hidden_size, width),
+        int8_moe.choose(architecture, num_tokens, topk, num_ids, *shape),
         empty(num_tokens, hidden_size, dtype=torch.bfloat16),
         empty(num_experts, 2 * width, hidden_size, dtype=torch.int8),
         empty(num_experts, hidden_size, width, dtype=torch.int8),
@@ -85,22 +86,24 @@ def run_experts(
         empty(num_tokens, topk, dtype=torch.int32),
         None,
         False,
-        empty(num_ids, dtype=torch.int32) if num_ranks > 1 else None,
+        empty(num_ids, dtype=torch.int32) if num_ids > num_experts else None,
         empty(num_experts, 2 * width, 1),
         empty(num_experts, hidden_size, 1),
         None,
         None,
-        None,
-        None,
+        empty(num_experts, 2 * width) if bias else None,
+        empty(num_experts, hidden_size) if bias else None,
     )
 
 
 def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
     found = []
+    modules = int8_moe.kernels, int8_moe_hopper
+    of_the_moe = {id(value) for module in modules for value in vars(module).values()}
 
     def record(kernel: Any, grid: Any, pdl: bool, *args: Any, **options: Any) -> None:
         # Some ask the GPU; tensors without memory are on none.
-        if kernel not in vars(int8_moe.kernels).values():
+        if id(kernel) not in of_the_moe:
             pdl = architecture == "hopper"
         if pdl:
             options["launch_pdl"] = True
@@ -109,7 +112,11 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
     int8_moe.launch = int8_few_tokens.launch = record
     triton_router.launch = qk_norm_rope.launch = record
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
-        run_experts(architecture, num_tokens, TOPK, EXPERTS, HIDDEN, width)
+        run_experts(architecture, num_tokens, TOPK, EXPERTS, EXPERTS, HIDDEN, width)
+    # A bias takes registers.
+    run_experts(
+        architecture, TOKENS[-1], TOPK, EXPERTS, EXPERTS, HIDDEN, WIDTHS[0], bias=True
+    )
     for (n, k), is_gated in itertools.product(LINEAR, (False, True)):
         tiles = int8_few_tokens.choose_tiles(1, n, k)
         assert tiles

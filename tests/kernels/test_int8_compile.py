@@ -14,6 +14,8 @@ import pytest
 SHARED = {"sm_80": 163, "sm_90": 227, "gfx942": 64, "gfx950": 160}
 # Bytes, of kernels whose tiles were chosen for Hopper, which alone takes them.
 SPILLS = {("int8_linear_kernel", "sm_80"): 8, ("router_few_kernel", "sm_80"): 8}
+# Of Gluon's w13 with a bias per channel, once a tile, between two products.
+BIAS_SPILLS = 424
 PRODUCT = {
     "sm_80": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
     "sm_90": "wgmma.mma_async.sync.aligned.m64n",
@@ -46,8 +48,13 @@ def test_compiles(target: str) -> None:
     others = {"w13_kernel", "w2_kernel"}
     others |= {"gate_and_quantize_kernel", "qk_norm_rope_kernel"}
     assert others | few | router <= kernels
+    gluon = {entry["kernel"] for entry in report if "NUM_WARPS" in entry["options"]}
+    assert gluon == ({"w13_kernel", "w2_kernel"} if target == "sm_90" else set())
     for entry in report:
-        assert entry["spills"] <= SPILLS.get((entry["kernel"], target), 0), entry
+        most = SPILLS.get((entry["kernel"], target), 0)
+        if entry["kernel"] == "w13_kernel" and "NUM_WARPS" in entry["options"]:
+            most = BIAS_SPILLS if "'HAS_BIAS': True" in entry["options"] else 0
+        assert entry["spills"] <= most, entry
         assert entry["shared"] <= SHARED[target] * 1024, entry
         if entry["kernel"] in few and target.startswith("sm"):
             assert any(name.startswith("dp4a") for name in entry["instructions"]), entry

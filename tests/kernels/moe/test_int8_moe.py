@@ -455,13 +455,16 @@ def test_table_covers_every_shape() -> None:
     for pairs in (1, 128, 4096, 65536 * 32):
         for experts in (1, 8, 288, 512):
             for width in (160, 1280):
-                config = choose_config("hopper", pairs, experts, width)
+                config = choose_config("hopper", pairs, experts, experts, width)
                 assert config.block_m in (16, 32, 64, 128)
                 assert not config.w2.blocks or width <= config.w2.block_k
-    assert not choose_config("hopper", 8192, 36, 1280).w2.hopper
-    assert choose_config("hopper", 16384, 36, 1280).w2.hopper
-    assert not choose_config("hopper", 16384, 288, 1280).w2.hopper
-    assert choose_config("hopper", 1024, 8, 14336).w2.hopper
+    assert not choose_config("hopper", 8192, 36, 36, 1280).w2.hopper
+    assert choose_config("hopper", 16384, 36, 36, 1280).w2.hopper
+    assert not choose_config("hopper", 16384, 288, 288, 1280).w2.hopper
+    assert choose_config("hopper", 1024, 8, 8, 14336).w2.hopper
+    # One of eight ranks has an eighth of the pairs.
+    assert choose_config("hopper", 65536, 288, 288, 1280).w2.hopper
+    assert not choose_config("hopper", 65536, 288, 36, 1280).w2.hopper
     assert choose_few_config("hopper", 4, 8, 288, 1280, 4096) is not None
     assert choose_few_config("hopper", 5, 8, 288, 1280, 4096) is None
     assert choose_few_config("hopper", 8, 8, 288, 160, 4096) is not None
@@ -472,11 +475,17 @@ def test_table_covers_every_shape() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("num_tokens", [1, 4, 16, 130, 700])
+@pytest.mark.parametrize("num_tokens", [1, 4, 16, 130, 700, 1400, 2500])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_real_shapes_and_graph(num_tokens: int, dtype: torch.dtype) -> None:
-    """The tiles that the table chooses; a graph that is replayed with fresh input."""
+    """The tiles that the table chooses; a graph that is replayed with fresh input.
+
+    From 1400 tokens those are Gluon's on Hopper, whose programs take tiles in turn.
+    """
     case = Case(32, 1280, 4096, num_tokens, 8, dtype, activation=SWIGLUSTEP)
+    if num_tokens >= 1400 and is_hopper():
+        config = choose_config("hopper", num_tokens * 8, 32, 32, 1280)
+        assert config.w13.hopper and config.pdl == (num_tokens == 1400)
     layer = make(case)
     run(layer, case)
     graph = torch.cuda.CUDAGraph()

@@ -50,16 +50,17 @@ class Launches:
     def run(self, num_tokens: int, experts: Experts) -> set[Any]:
         """One of eight ranks' experts."""
         self.found = set()
-        run_experts(self.architecture, num_tokens, *experts[:4], num_ranks=8)
+        run_experts(self.architecture, num_tokens, *experts[:5])
         return self.found
 
 
 SHAPES = [
-    (8, 288, 256, 1280),
-    (8, 288, 256, 160),
-    (8, 288, 4096, 80),
-    (6, 64, 256, 64),
-    (4, 64, 64, 768),
+    (8, 288, 36, 256, 1280),
+    (8, 288, 36, 256, 160),
+    (8, 288, 36, 4096, 80),
+    (6, 64, 8, 256, 64),
+    (4, 64, 8, 64, 768),
+    (4, 64, 64, 64, 768),
 ]
 
 
@@ -68,7 +69,7 @@ SHAPES = [
 @pytest.mark.parametrize("dp_size", [1, 3])
 def test_sizes_reach_every_kernel(
     dp_size: int,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, int, int, int, int],
     architecture: Architecture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -76,7 +77,7 @@ def test_sizes_reach_every_kernel(
     experts = Experts(*shape, dp_size)
     launches = Launches(monkeypatch, architecture)
     sizes = [*warmup_sizes(architecture, experts, 0, MAX_TOKENS), MAX_TOKENS]
-    assert len(sizes) <= 20
+    assert len(sizes) <= 24
     compiled = set[Any]().union(
         *(launches.run(size * dp_size, experts) for size in sizes)
     )
@@ -87,10 +88,10 @@ def test_sizes_reach_every_kernel(
 
 def test_sizes_lie_between_graphs_and_the_profile_run() -> None:
     """Those of Step-3.5-Flash: tiles by the pairs of each of 288 experts; the router's
-    beyond 1023 tokens."""
-    experts = Experts(8, 288, 4096, 1280, dp_size=1)
+    beyond 1023 and 2047 tokens."""
+    experts = Experts(8, 288, 288, 4096, 1280, dp_size=1)
     sizes = warmup_sizes("hopper", experts, 512, 8192)
-    assert sizes == [513, 577, 1024, 1153]
+    assert sizes == [513, 577, 1024, 1153, 2048]
     assert warmup_sizes("hopper", experts, 512, 1153) == [513, 577, 1024]
     assert warmup_sizes("hopper", experts, 512, 512) == []
 
@@ -121,6 +122,7 @@ def moe_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
     experts.moe_config = SimpleNamespace(
         experts_per_token=2,
         num_experts=8,
+        num_local_experts=8,
         hidden_dim=64,
         intermediate_size_per_partition=64,
         dp_size=1,

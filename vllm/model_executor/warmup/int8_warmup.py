@@ -35,6 +35,7 @@ class Experts(NamedTuple):
 
     topk: int
     num_ids: int
+    num_experts: int
     hidden_size: int
     intermediate_size: int
     dp_size: int
@@ -44,6 +45,7 @@ class Experts(NamedTuple):
         return cls(
             moe.experts_per_token,
             moe.num_experts,
+            moe.num_local_experts,
             moe.hidden_dim,
             moe.intermediate_size_per_partition,
             moe.dp_size,
@@ -54,7 +56,7 @@ class Experts(NamedTuple):
         router and of linear layers too."""
         # Experts see the tokens of all data-parallel ranks.
         of_all = num_tokens * self.dp_size
-        config = int8_moe.choose(architecture, of_all, *self[:4])
+        config = int8_moe.choose(architecture, of_all, *self[:5])
         return (
             config,
             # With few tokens, how many programs there are.

@@ -179,7 +179,7 @@ def _int8_fused_experts(
     if num_tokens == 0 or topk == 0:
         return torch.zeros_like(hidden_states)
     num_ids = w13.shape[0] if expert_map is None else expert_map.numel()
-    config = choose(get_architecture(), num_tokens, topk, num_ids, *w2.shape[1:])
+    config = choose(get_architecture(), num_tokens, topk, num_ids, *w2.shape)
     swiglustep = activation == MoEActivation.SWIGLUSTEP.value
     return run_int8_experts(
         config,
@@ -205,13 +205,17 @@ def choose(
     num_tokens: int,
     topk: int,
     num_ids: int,
+    num_experts: int,
     hidden_size: int,
     intermediate_size: int,
 ) -> Config | FewConfig:
-    """The tiles for num_tokens tokens; the other numbers are the layer's."""
+    """The tiles for num_tokens tokens; the other numbers are the layer's, num_experts
+    and intermediate_size this rank's."""
     return choose_few_config(
         architecture, num_tokens, topk, num_ids, intermediate_size, hidden_size
-    ) or choose_config(architecture, num_tokens * topk, num_ids, intermediate_size)
+    ) or choose_config(
+        architecture, num_tokens * topk, num_ids, num_experts, intermediate_size
+    )
 
 
 def pairs_to_sort_at_once(num_pairs: int) -> int:

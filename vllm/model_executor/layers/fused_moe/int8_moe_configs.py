@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles of the INT8 fused MoE: a table of choices by device and shape.
 
-The choices for Hopper were measured on an H100, those for other devices follow from
-their limits and were compiled but not run: docs/int8-moe.md.
+The choices for Hopper were measured on an H100, those of Gluon's kernels on an H200;
+those for other devices follow from their limits and were compiled but not run:
+docs/int8-moe.md.
 """
 
 import functools
@@ -76,7 +77,7 @@ def _same(block_m: int, product: Product) -> Config:
 # and weights are read once, and the weights fill the tensor core's 64 rows. Beyond, a
 # tile is as large as the accumulators in registers allow: with _HOPPER_MANY, whose
 # kernels take the host longer to launch, which shows up to _HOPPER_FEWER columns of
-# all pairs.
+# all pairs of a rank.
 _THIN = Product(64, 256, 4, 4, swap=True, tma_w=True)
 _WIDE = Product(128, 128, 4, 3, tma_w=True, tma_a=True)
 _HOPPER = (
@@ -145,16 +146,21 @@ def get_architecture() -> Architecture:
 
 
 def choose_config(
-    architecture: Architecture, num_pairs: int, num_ids: int, intermediate_size: int
+    architecture: Architecture,
+    num_pairs: int,
+    num_ids: int,
+    num_experts: int,
+    intermediate_size: int,
 ) -> Config:
-    """The tiles for num_pairs pairs spread over num_ids experts, of all ranks."""
+    """The tiles for num_pairs pairs spread over num_ids experts, of all ranks;
+    num_experts of them are this rank's."""
     table = _TABLES[architecture]
+    per_expert = num_pairs / num_ids
     if architecture == "hopper":
         if intermediate_size <= 256:
             table = _HOPPER_NARROW
-        elif num_pairs * intermediate_size > _HOPPER_FEWER:
+        elif per_expert * num_experts * intermediate_size > _HOPPER_FEWER:
             table = _HOPPER_MANY
-    per_expert = num_pairs / num_ids
     return next(c for most, c in table if per_expert <= most)
 
 

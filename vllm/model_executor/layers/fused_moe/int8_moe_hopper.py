@@ -138,9 +138,10 @@ def _along_w(values):
 
 
 @gluon.jit
-def _w_scale(w_scale_ptr, w_rows, expert, PER_CHANNEL: gl.constexpr):
+def _w_scale(w_scale_ptr, expert, first_row, w_rows, mask, PER_CHANNEL: gl.constexpr):
+    """The scales of an expert's w_rows; its own first row is first_row."""
     if PER_CHANNEL:
-        w_scale = gl.load(w_scale_ptr + w_rows)
+        w_scale = gl.load(w_scale_ptr + first_row + w_rows, mask=mask, other=0.0)
     else:
         w_scale = gl.load(w_scale_ptr + expert + w_rows * 0)
     return w_scale
@@ -152,15 +153,18 @@ def _scale(
     a_scale,
     w_scale,
     bias_ptr,
-    weight,
+    first_row,
     w_rows,
+    mask,
+    weight,
     HAS_BIAS: gl.constexpr,
     WEIGH: gl.constexpr,
 ):
     """Sums times a_scale [BLOCK_M] and the weights' scales, the bias, the weight."""
     x = sums.to(gl.float32) * (_along_a(a_scale) * _along_w(w_scale))
     if HAS_BIAS:
-        x += _along_w(gl.load(bias_ptr + w_rows).to(gl.float32))
+        bias = gl.load(bias_ptr + first_row + w_rows, mask=mask, other=0.0)
+        x += _along_w(bias.to(gl.float32))
     if WEIGH:
         x *= _along_a(weight)
     return x
@@ -281,10 +285,10 @@ def _multiply_w13(
             weight = gl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
             weight = weight.to(gl.float32)
         n = gl.arange(0, 2 * BLOCK_N, gl.SliceLayout(0, layout))
-        is_up = n // BLOCK_N
-        n = n0 + n % BLOCK_N
-        w_rows = expert * 2 * N + is_up * N + gl.minimum(n, N - 1)
-        w_scale = _w_scale(w13_scale_ptr, w_rows, expert, PER_CHANNEL)
+        w_rows = n0 + n % BLOCK_N + n // BLOCK_N * N
+        in_n = n0 + n % BLOCK_N < N
+        first_row = expert * 2 * N
+        w_scale = _w_scale(w13_scale_ptr, expert, first_row, w_rows, in_n, PER_CHANNEL)
         rows, _, is_row = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, wide)
         sums, step = _multiply(
             a,
@@ -305,8 +309,10 @@ def _multiply_w13(
             x_scale,
             w_scale,
             bias_ptr,
-            weight,
+            first_row,
             w_rows,
+            in_n,
+            weight,
             HAS_BIAS,
             WEIGH,
         )
@@ -502,8 +508,7 @@ def _multiply_w2(
             weight = gl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
             weight = weight.to(gl.float32)
         n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-        w_rows = expert * N + gl.minimum(n, N - 1)
-        w_scale = _w_scale(w2_scale_ptr, w_rows, expert, PER_CHANNEL)
+        w_scale = _w_scale(w2_scale_ptr, expert, expert * N, n, n < N, PER_CHANNEL)
         _, pairs, is_row = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, wide)
         sums, step = _multiply(
             a,
@@ -524,8 +529,10 @@ def _multiply_w2(
             h_scale,
             w_scale,
             bias_ptr,
+            expert * N,
+            n,
+            n < N,
             weight,
-            w_rows,
             HAS_BIAS,
             WEIGH,
         ).to(y_ptr.dtype.element_ty)
