@@ -14,6 +14,19 @@ from tests.kernels.gluon_interpreter import interpret
 
 BLOCK = 32
 STEPS, EXPERTS, COLUMNS = 5, 2, 48
+# Of both kernels.
+OPTIONS: dict[str, Any] = dict(
+    BLOCK_M=BLOCK,
+    BLOCK_N=BLOCK,
+    BLOCK_K=BLOCK,
+    STAGES=3,
+    NUM_WARPS=4,
+    PER_CHANNEL=False,
+    HAS_BIAS=False,
+    WEIGH=False,
+    PDL=False,
+    num_warps=4,
+)
 
 
 def box(matrix: torch.Tensor) -> Any:
@@ -43,16 +56,7 @@ def run_w2(module: ModuleType, programs: int = 2) -> bool:
         k,
         0,
         COLUMNS,
-        BLOCK_M=BLOCK,
-        BLOCK_N=BLOCK,
-        BLOCK_K=BLOCK,
-        STAGES=3,
-        NUM_WARPS=4,
-        PER_CHANNEL=False,
-        HAS_BIAS=False,
-        WEIGH=False,
-        PDL=False,
-        num_warps=4,
+        **OPTIONS,
     )
     of_pairs = w[experts.repeat_interleave(BLOCK).long()][:pairs]
     exact = torch.einsum("pk,pnk->pn", a[:pairs].double(), of_pairs.double())
@@ -82,17 +86,8 @@ def run_w13(module: ModuleType) -> bool:
         BLOCK,
         k,
         topk,
-        BLOCK_M=BLOCK,
-        BLOCK_N=BLOCK,
-        BLOCK_K=BLOCK,
-        STAGES=3,
-        NUM_WARPS=4,
-        PER_CHANNEL=False,
-        HAS_BIAS=False,
-        WEIGH=False,
         SWIGLUSTEP_LIMIT=None,
-        PDL=False,
-        num_warps=4,
+        **OPTIONS,
     )
     exact = x[tokens].double() @ w[0].double().T * 2.0**-20
     gate, up = exact.chunk(2, dim=1)
