@@ -28,6 +28,8 @@ import numpy as np
 import torch
 
 POISON = 0x55
+# Of the host, which describes tensors as ever.
+DESCRIPTORS = "triton.experimental.gluon.nvidia.hopper"
 
 
 class Value:
@@ -232,7 +234,7 @@ class Interpreter:
     program: Program
 
     def imports(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("triton.experimental"):
+        if name.startswith("triton.experimental") and name != DESCRIPTORS:
             gl = SimpleNamespace(
                 **{n[3:]: getattr(self, n) for n in dir(self) if n.startswith("gl_")}
             )

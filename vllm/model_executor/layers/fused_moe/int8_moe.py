@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """INT8 (W8A8) fused MoE in Triton: the layer, a registered torch op."""
 
-import functools
 from typing import Any
 
 import torch
@@ -359,9 +358,9 @@ def run_int8_experts(
     )
     programs = max_tiles * triton.cdiv(2 * width, p.block_w)
     if p.hopper:
-        weights = _hopper_boxes(w13.view(-1, hidden_size), p.block_w // 2, p.block_k)
+        weights = _hopper().boxes(w13.view(-1, hidden_size), p.block_w // 2, p.block_k)
         _launch_hopper(
-            _hopper_kernels().w13_kernel,
+            _hopper().w13_kernel,
             p,
             min(programs, p.programs * num_sms(x)),
             pdl,
@@ -410,7 +409,7 @@ def run_int8_experts(
     )
 
     p = config.w2
-    boxes = _hopper_boxes if p.hopper else _boxes
+    boxes = _hopper().boxes if p.hopper else _boxes
     pairs_h = boxes(hq, block_m, p.block_k) if p.tma_a else hq
     weights = boxes(w2.view(-1, width), p.block_w, p.block_k) if p.tma_w else w2
     out = torch.empty_like(x)
@@ -454,7 +453,7 @@ def run_int8_experts(
             )
         elif p.hopper:
             _launch_hopper(
-                _hopper_kernels().w2_kernel,
+                _hopper().w2_kernel,
                 p,
                 min(programs, p.programs * num_sms(x)),
                 pdl,
@@ -649,7 +648,7 @@ def _launch_product(
     )
 
 
-def _hopper_kernels() -> Any:
+def _hopper() -> Any:
     # Gluon is not where Triton is not, or an older one.
     from vllm.model_executor.layers.fused_moe import int8_moe_hopper
 
@@ -678,21 +677,6 @@ def _launch_hopper(
         num_warps=product.num_warps,
         **constants,
     )
-
-
-@functools.cache
-def _hopper_layout(block_rows: int, block_k: int) -> Any:
-    from triton.experimental.gluon.language import NVMMASharedLayout, int8
-
-    return NVMMASharedLayout.get_default_for([block_rows, block_k], int8)
-
-
-def _hopper_boxes(matrix: torch.Tensor, block_rows: int, block_k: int) -> Any:
-    """`_boxes` for Gluon, which is told how they lie in shared memory."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    layout = _hopper_layout(block_rows, block_k)
-    return TensorDescriptor.from_tensor(matrix, [block_rows, block_k], layout)
 
 
 def _boxes(matrix: torch.Tensor, block_rows: int, block_k: int) -> Any:

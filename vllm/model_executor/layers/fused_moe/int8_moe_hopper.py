@@ -12,6 +12,9 @@ Tiles, arguments and results are those of `w13_kernel` and `w2_kernel` in
 int8_moe_kernels.py, to the bit.
 """
 
+import functools
+
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -22,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Warps that gather tokens, and registers of each of their threads; one warp is enough
@@ -30,6 +34,18 @@ GATHER_WARPS = gl.constexpr(4)
 GATHER_REGISTERS = gl.constexpr(56)
 COPY_WARPS = gl.constexpr(1)
 COPY_REGISTERS = gl.constexpr(24)
+
+
+@functools.cache
+def _layout(block_rows: int, block_k: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([block_rows, block_k], gl.int8)
+
+
+def boxes(matrix: torch.Tensor, block_rows: int, block_k: int) -> TensorDescriptor:
+    """A tensor map of an int8 matrix, in boxes of block_rows by block_k as the kernels
+    want them in shared memory."""
+    layout = _layout(block_rows, block_k)
+    return TensorDescriptor.from_tensor(matrix, [block_rows, block_k], layout)
 
 
 @gluon.jit
