@@ -8,7 +8,8 @@ PYTHONPATH. Writes a random checkpoint with the widths of Step-3.5-Flash and few
 and measures in parts, each of which may be a call of its own:
 
 - serve: both servers on the GPU at the same time; `vllm bench serve` for each batch and
-  length of prompts in the turns stock, fork, fork, stock
+  length of prompts in the turns stock, fork, fork, stock; with --alone one server after
+  the other, for a model that leaves no room for both
 - offline: loading and memory of an engine of each build, then `vllm bench latency` and
   `vllm bench throughput` of both in the same turns
 - profile: where the GPU time of a decode step and of a prefill goes; torch's memory
@@ -92,6 +93,7 @@ class Settings:
     latency: dict[str, int] | None = None
     throughput: dict[str, int] | None = None
     engine_args: Sequence[str] = ()  # beside those that are always given
+    alone: bool = False  # each server has the GPU for itself
 
     @property
     def model(self) -> Path:
@@ -124,16 +126,17 @@ def cell(batch: int, prompt_tokens: int) -> dict[str, int]:
     }
 
 
-def kv_cache_bytes(widths: Widths) -> int:
-    """Memory for keys and values of each of two engines that share the device."""
+def kv_cache_bytes(widths: Widths, engines: int) -> int:
+    """Memory for keys and values of each of so many engines that share the device."""
     if not torch.cuda.is_available():
         return 1 << 28
     total = torch.cuda.get_device_properties(0).total_memory * MEMORY_SHARE
-    left = total / 2 - weights_bytes(widths) - ENGINE_GIB * 2**30
+    left = total / engines - weights_bytes(widths) - ENGINE_GIB * 2**30
     if left < 2**30:
         raise BenchmarkError(
-            f"two engines of {weights_bytes(widths) / 2**30:.1f} GiB of weights do not "
-            f"fit in {total / 2**30:.1f} GiB of GPU memory: fewer --layers"
+            f"{engines} x {weights_bytes(widths) / 2**30:.1f} GiB of weights, of an "
+            f"engine each, do not fit in {total / 2**30:.1f} GiB of GPU memory: fewer "
+            f"--layers{' or --alone' if engines > 1 else ''}"
         )
     return int(left)
 
@@ -143,11 +146,12 @@ def engine_args(settings: Settings) -> list[str]:
     cells = [cell(b, p) for b in settings.batches for p in settings.prompt_tokens]
     cells += [settings.latency or LATENCY, settings.throughput or THROUGHPUT]
     longest = max(one["prompt_tokens"] + one["output_tokens"] for one in cells)
+    engines = 1 if settings.alone else len(settings.builds)
     return [
         *("--max-model-len", str(longest)),
         *("--max-num-seqs", str(MAX_NUM_SEQS)),
         *("--max-num-batched-tokens", str(STEP_TOKENS)),
-        *("--kv-cache-memory-bytes", str(kv_cache_bytes(settings.widths))),
+        *("--kv-cache-memory-bytes", str(kv_cache_bytes(settings.widths, engines))),
         # Only looked at to see that so much is free when the second one starts.
         *("--gpu-memory-utilization", "0.4"),
         # Prompts that come again are to be read again.
@@ -199,9 +203,25 @@ def running_job(
 
 def measure_serving(settings: Settings) -> Generator[Found, None, None]:
     """The rows of each cell."""
+    builds = list(settings.builds.values())
+    cells = [cell(b, p) for p in settings.prompt_tokens for b in settings.batches]
+    runs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for together in [[build] for build in builds] if settings.alone else [builds]:
+        with closing(serve_together(settings, together, cells)) as results_so_far:
+            for run in results_so_far:
+                place = run["cell"]["batch"], run["cell"]["prompt_tokens"]
+                runs.setdefault(place, []).append(run)
+                if len(runs[place]) == len(TURNS):
+                    yield Found(rows=cell_rows(runs.pop(place)))
+
+
+def serve_together(
+    settings: Settings, builds: Sequence[Build], cells: Sequence[dict[str, int]]
+) -> Generator[dict[str, Any], None, None]:
+    """The runs of each cell by servers of these builds, in their turns."""
     with ExitStack() as stack:
         servers, urls = {}, {}
-        for build in settings.builds.values():
+        for build in builds:
             # What is found there afterwards, this run has compiled.
             shutil.rmtree(build.cache, ignore_errors=True)
             log = settings.jobs / f"server-{build.name}.log"
@@ -212,15 +232,10 @@ def measure_serving(settings: Settings) -> Generator[Found, None, None]:
             servers[url] = process
             urls[build.name] = url
         wait_until_ready(servers)
-        cells = [cell(b, p) for p in settings.prompt_tokens for b in settings.batches]
-        job = {"job": "serve", "urls": urls, "turns": TURNS, "cells": cells}
-        runs: list[dict[str, Any]] = []
+        turns = [turn for turn in TURNS if turn in urls]
+        job = {"job": "serve", "urls": urls, "turns": turns, "cells": cells}
         with running_job(settings, settings.builds["fork"], job) as (client, out):
-            for run in results(client, out, list(servers.values())):
-                runs.append(run)
-                if len(runs) == len(TURNS):
-                    yield Found(rows=cell_rows(runs))
-                    runs = []
+            yield from results(client, out, list(servers.values()))
 
 
 def cell_rows(runs: Sequence[dict[str, Any]]) -> list[report.Row]:
@@ -344,7 +359,8 @@ def check_kernels(builds: dict[str, Build]) -> None:
 def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
     """Measure the parts; the results so far, these among them."""
     chip = chip_name()
-    path = settings.out / chip / "serving_int8.json"
+    name = "serving_int8_alone" if settings.alone else "serving_int8"
+    path = settings.out / chip / f"{name}.json"
     result = report.load(path, chip, settings.widths.layers)
     write_checkpoint(settings.model, settings.widths)
     profile: dict[str, Any] = {
@@ -426,6 +442,12 @@ def parse_args() -> argparse.Namespace:
         "--parts", nargs="+", choices=PARTS, default=PARTS, help="which to measure"
     )
     parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="serve with one server after the other, so that each may fill the GPU; "
+        "for `--parts serve`, into serving_int8_alone.json",
+    )
+    parser.add_argument(
         "--tables",
         type=Path,
         nargs="+",
@@ -435,6 +457,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.layers < 2:
         parser.error("--layers: the first is dense, at least one has experts")
+    if args.alone and tuple(args.parts) != ("serve",):
+        parser.error("--alone: expected --parts serve, which is all that it is for")
     if not args.tables:
         if not args.stock:
             parser.error("--stock FOLDER: a stock build of vLLM to compare with")
@@ -463,6 +487,7 @@ def main() -> None:
         widths=Widths(layers=args.layers),
         batches=args.batches,
         prompt_tokens=args.prompt_tokens,
+        alone=args.alone,
     )
     try:
         measure(settings, args.parts)

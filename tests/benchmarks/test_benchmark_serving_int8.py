@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of serving: its checkpoint, rows, bars, kinds of kernels, processes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -629,6 +630,18 @@ def test_serving_asks_both_builds_in_turns(tmp_path: Path) -> None:
     assert none_is_left(tmp_path, 4)
 
 
+def test_a_server_alone_has_ended_when_the_next_one_starts(tmp_path: Path) -> None:
+    settings = dataclasses.replace(make_settings(tmp_path), alone=True)
+    found = benchmark.measure_serving(settings)
+    first = next(found)  # of both builds
+    assert [alive(pid) for pid in started_pids(tmp_path)].count(True) == 2
+    rows = {r["batch"]: r for part in (first, *found) for r in part.rows}
+    # Of each cell the first run of a build does not count.
+    assert rows[1]["runs"] == {"stock": [2, 3], "fork": [2, 3]}
+    assert rows[64]["runs"] == {"stock": [5, 6], "fork": [5, 6]}
+    assert none_is_left(tmp_path, 4)
+
+
 def test_engines_are_asked_in_turns(tmp_path: Path) -> None:
     *starts, found = benchmark.measure_offline(make_settings(tmp_path))
     assert [start.starts[0]["build"] for start in starts] == ["stock", "fork"]
@@ -771,6 +784,7 @@ def test_log_without_loading_is_an_error(tmp_path: Path) -> None:
         ([], "--stock FOLDER"),
         (["--stock", "/nowhere"], "expected a folder that holds vllm/"),
         (["--stock", "/nowhere", "--layers", "1"], "at least one has experts"),
+        (["--stock", "/nowhere", "--alone"], "expected --parts serve"),
     ],
 )
 def test_arguments_are_checked(
