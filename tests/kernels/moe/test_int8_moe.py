@@ -245,13 +245,20 @@ def reference(layer: Layer, case: Case) -> Tensor:
     return out
 
 
-def check(out: Tensor, expected: Tensor) -> None:
-    """All values within what the dtype's rounding and float32 allow."""
+def check(out: Tensor, expected: Tensor, rare: int = 0) -> None:
+    """All values within what the dtype's rounding and float32 allow.
+
+    Rare tokens may be off by up to twice that: those with an activation so near the
+    middle of two integers that float32 takes the one and float64 the other.
+    """
     assert out.shape == expected.shape
     assert out.isfinite().all()
     largest = expected.abs().max() if expected.numel() else 0.0
     step = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-    assert (out.double() - expected).abs().max() <= step[out.dtype] * largest
+    bound = step[out.dtype] * largest
+    errors = (out.double() - expected).abs().amax(dim=1)
+    assert (errors <= bound * (2 if rare else 1)).all()
+    assert (errors > bound).sum() <= rare
 
 
 CASES = {
@@ -496,7 +503,9 @@ def test_real_shapes_and_graph(num_tokens: int, dtype: torch.dtype) -> None:
     layer.topk_ids.copy_(fresh.topk_ids)
     out.fill_(torch.nan)
     graph.replay()
-    check(out, reference(layer, case))
+    # Torch in float32 differs from float64 as these kernels do: of the 20,000 pairs of
+    # 2500 tokens 19 have another integer, and one token is off by 1.05 steps.
+    check(out, reference(layer, case), rare=num_tokens // 1000)
 
 
 @pytest.mark.parametrize(
