@@ -38,7 +38,8 @@ def parse(add_cli_args: Callable[[Any], Any], arguments: list[str]) -> Namespace
 
 
 def serve(job: Job, emit: Emit) -> None:
-    """`vllm bench serve` for each of `cells`, against the servers of `urls` in `turns`.
+    """`vllm bench serve` for each of `cells`, against the servers of `urls` in `turns`,
+    a cell's `rounds` times.
 
     One process asks all servers, since its start takes longer than a run.
     """
@@ -84,7 +85,7 @@ def serve(job: Job, emit: Emit) -> None:
             most = max(1, WARM_UP_PROMPT_TOKENS // cell["prompt_tokens"])
             prompts = min(cell["num_prompts"], most)
             run(url, cell, prompts, WARM_UP_OUTPUT_TOKENS)
-        for build in job["turns"]:
+        for build in job["turns"] * cell["rounds"]:
             url = job["urls"][build]
             result = run(url, cell, cell["num_prompts"], cell["output_tokens"])
             emit({"build": build, "cell": cell, "result": result})

@@ -458,7 +458,7 @@ BENCH = """
         asked.append(args.base_url)
         if "client_dies" in __file__:
             raise RuntimeError("the client's own error")
-        if "waits" in __file__ and len(asked) > 6:  # those of the first cell
+        if "waits" in __file__ and len(asked) > 14:  # those of the first cell
             time.sleep(60)
         number = float(len(asked))
         return {
@@ -588,7 +588,7 @@ def make_settings(
         out=tmp_path / "out",
         profile_out=tmp_path / "out",
         widths=WIDTHS,
-        batches=(1, 64),
+        batches=(1, 256),
         prompt_tokens=(128,),
     )
 
@@ -625,8 +625,11 @@ def test_serving_asks_both_builds_in_turns(tmp_path: Path) -> None:
     # The fake's figures are the number of the run; of each cell the first two, one a
     # build, do not count.
     rows = {r["batch"]: r for part in found for r in part.rows}
-    assert rows[1]["runs"] == {"stock": [3, 6], "fork": [4, 5]}
-    assert rows[64]["runs"] == {"stock": [9, 12], "fork": [10, 11]}
+    assert rows[1]["runs"] == {
+        "stock": [3, 6, 7, 10, 11, 14],
+        "fork": [4, 5, 8, 9, 12, 13],
+    }
+    assert rows[256]["runs"] == {"stock": [17, 20], "fork": [18, 19]}  # many tokens
     assert none_is_left(tmp_path, 4)
 
 
@@ -637,8 +640,8 @@ def test_a_server_alone_has_ended_when_the_next_one_starts(tmp_path: Path) -> No
     assert [alive(pid) for pid in started_pids(tmp_path)].count(True) == 2
     rows = {r["batch"]: r for part in (first, *found) for r in part.rows}
     # Of each cell the first run of a build does not count.
-    assert rows[1]["runs"] == {"stock": [2, 3], "fork": [2, 3]}
-    assert rows[64]["runs"] == {"stock": [5, 6], "fork": [5, 6]}
+    assert rows[1]["runs"] == dict.fromkeys(report.BUILDS, [2, 3, 4, 5, 6, 7])
+    assert rows[256]["runs"] == dict.fromkeys(report.BUILDS, [9, 10])
     assert none_is_left(tmp_path, 4)
 
 
