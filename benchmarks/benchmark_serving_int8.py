@@ -14,9 +14,9 @@ and measures in parts, each of which may be a call of its own:
   `vllm bench throughput` of both in the same turns
 - profile: where the GPU time of a decode step and of a prefill goes; torch's memory
 
-Writes medians to OUT/<chip>/serving_int8.json, a plot beside it, and the profile to
-docs/results. Rows that are measured again are replaced. Exits 0 whether the bars are
-met or missed, and 1 where it cannot be measured.
+Writes medians to OUT/<chip>/serving_int8.json (serving_int8_alone.json with --alone), a
+plot beside it, and the profile to docs/results. Rows that are measured again are
+replaced. Exits 0 whether the bars are met or missed, and 1 where it cannot be measured.
 """
 
 import argparse
@@ -54,8 +54,8 @@ ROOT = Path(__file__).resolve().parents[1]
 JOBS = ROOT / "benchmarks/serving/jobs.py"
 PARTS = ("serve", "offline", "profile")
 TURNS = ("stock", "fork", "fork", "stock")
-# All turns so often where a run has few tokens: it is over in seconds, and its times
-# to the first token depend on how the requests happen to arrive.
+# How often all turns are taken where a run has few tokens: it is over in seconds, and
+# its times to the first token depend on how the requests happen to arrive.
 ROUNDS, FEW_TOKENS = 3, 20_000
 BATCHES, PROMPT_TOKENS = (1, 8, 64, 256), (128, 2048, 8192)
 OUTPUT_TOKENS = 96
@@ -140,9 +140,10 @@ def kv_cache_bytes(widths: Widths, engines: int) -> int:
     left = total / engines - weights_bytes(widths) - ENGINE_GIB * 2**30
     if left < 2**30:
         raise BenchmarkError(
-            f"{engines} x {weights_bytes(widths) / 2**30:.1f} GiB of weights, of an "
-            f"engine each, do not fit in {total / 2**30:.1f} GiB of GPU memory: fewer "
-            f"--layers{' or --alone' if engines > 1 else ''}"
+            f"{engines} engine(s) with {weights_bytes(widths) / 2**30:.1f} GiB of "
+            "weights each, and what they need beside them, do not fit in "
+            f"{total / 2**30:.1f} GiB of GPU memory: fewer --layers"
+            f"{' or --alone' if engines > 1 else ''}"
         )
     return int(left)
 
@@ -240,7 +241,8 @@ def serve_together(
         wait_until_ready(servers)
         turns = [turn for turn in TURNS if turn in urls]
         job = {"job": "serve", "urls": urls, "turns": turns, "cells": cells}
-        with running_job(settings, settings.builds["fork"], job) as (client, out):
+        # The client is of the build that it asks, or of the fork if it asks both.
+        with running_job(settings, builds[-1], job) as (client, out):
             yield from results(client, out, list(servers.values()))
 
 

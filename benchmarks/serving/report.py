@@ -115,7 +115,7 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
         if row["prompt_tokens"] != LONG_PROMPT:
             return False
         return row["metric"] == THROUGHPUT or (
-            row["metric"] == TOTAL_RATE and row["batch"] == most
+            row["metric"] == TOTAL_RATE and row["batch"] == most > 1
         )
 
     return [
@@ -227,7 +227,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def figures(row: Row) -> str:
-    return f"{row['stock']:,.4g}, {row['fork']:,.4g}, {ratio(row):.2f}x"
+    stock, fork = (f"{float(f'{row[build]:.4g}'):,g}" for build in BUILDS)
+    return f"{stock}, {fork}, {ratio(row):.2f}x"
 
 
 def profile_markdown(result: Mapping[str, Any]) -> str:

@@ -227,6 +227,7 @@ def verdict(rows: list[report.Row], bar: str) -> str:
             [row(report.TOTAL_RATE, 2, n, b, 8192) for b, n in ((1, 2), (64, 3))],
             "met",
         ),
+        ("8192-token", [row(report.TOTAL_RATE, 2, 3, 1, 8192)], "not measured"),
         ("no speed worse", [row(report.TTFT, 98, 100, 1, 128)], "met"),
         ("no speed worse", [row(report.TTFT, 97, 100, 1, 128)], "missed"),
         ("no speed worse", [row(report.ENGINE_START, 1, 2)], "not measured"),
@@ -642,6 +643,8 @@ def test_a_server_alone_has_ended_when_the_next_one_starts(tmp_path: Path) -> No
     # Of each cell the first run of a build does not count.
     assert rows[1]["runs"] == dict.fromkeys(report.BUILDS, [2, 3, 4, 5, 6, 7])
     assert rows[256]["runs"] == dict.fromkeys(report.BUILDS, [9, 10])
+    # Where the fork's half is cut off, stock's is not lost.
+    assert (tmp_path / "jobs/serve-stock.jsonl").read_text().count("\n") == 8
     assert none_is_left(tmp_path, 4)
 
 

@@ -248,8 +248,8 @@ def reference(layer: Layer, case: Case) -> Tensor:
 def check(out: Tensor, expected: Tensor, rare: int = 0) -> None:
     """All values within what the dtype's rounding and float32 allow.
 
-    Rare tokens may be off by up to twice that: those with an activation so near the
-    middle of two integers that float32 takes the one and float64 the other.
+    As many tokens as `rare` may be off by up to twice that: those with an activation so
+    near the middle of two integers that float32 takes the one and float64 the other.
     """
     assert out.shape == expected.shape
     assert out.isfinite().all()

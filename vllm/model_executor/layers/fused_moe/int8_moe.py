@@ -649,7 +649,7 @@ def _launch_product(
 
 
 def _hopper() -> Any:
-    # Gluon is not where Triton is not, or an older one.
+    # Imported late: there is no Gluon without Triton, or with an older one.
     from vllm.model_executor.layers.fused_moe import int8_moe_hopper
 
     return int8_moe_hopper
