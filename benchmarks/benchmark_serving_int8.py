@@ -55,7 +55,7 @@ JOBS = ROOT / "benchmarks/serving/jobs.py"
 PARTS = ("serve", "offline", "profile")
 TURNS = ("stock", "fork", "fork", "stock")
 # How often all turns are taken where a run has few tokens, or one request at a time:
-# such runs differ by up to a quarter, as requests arrive or the processor is in the way.
+# such runs differ by up to a quarter; requests arrive, or the processor is in the way.
 ROUNDS, FEW_TOKENS = 3, 20_000
 BATCHES, PROMPT_TOKENS = (1, 8, 64, 256), (128, 2048, 8192)
 OUTPUT_TOKENS = 96
