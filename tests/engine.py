@@ -10,7 +10,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +94,18 @@ def ask_data_parallel(
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
     num_ranks: int,
+    parameters: Sequence[str] = (),
     **options: Any,
-) -> list[Answers]:
-    """Each data-parallel rank's answers to its share of the prompts, in order."""
+) -> Answers:
+    """The answers of data-parallel ranks, each to its share of the prompts, as one
+    engine's: prompts and workers in the order of ranks."""
     port = str(_free_ports(10))
     share = len(prompts) // num_ranks
     processes = []
+    cores = one_core_a_rank(num_ranks)
     for rank in range(num_ranks):
         its_prompts = prompts[rank * share : (rank + 1) * share]
-        env = {
+        env = cores | {
             "VLLM_DP_RANK": str(rank),
             "VLLM_DP_RANK_LOCAL": str(rank),
             "VLLM_DP_SIZE": str(num_ranks),
@@ -110,12 +113,27 @@ def ask_data_parallel(
             "VLLM_DP_MASTER_PORT": port,
         }
         engines = [{"model": str(model)} | options]
-        processes.append(_start(engines, its_prompts, num_tokens, env))
+        processes.append(
+            _start(engines, its_prompts, num_tokens, env, parameters=parameters)
+        )
     try:
-        return [answers for process in processes for [answers] in _results(process)]
+        ranks = [answers for process in processes for [answers] in _results(process)]
     finally:
         for process in processes:
             process.kill()
+    return replace(
+        ranks[0],
+        tokens=torch.cat([rank.tokens for rank in ranks]),
+        logprobs=torch.cat([rank.logprobs for rank in ranks]),
+        runs=[worker for rank in ranks for worker in rank.runs],
+        num_compiled=[number for rank in ranks for number in rank.num_compiled],
+        num_cached_tokens=sum(rank.num_cached_tokens for rank in ranks),
+        experts_at=[worker for rank in ranks for worker in rank.experts_at],
+        parameters={
+            name: [held for rank in ranks for held in rank.parameters[name]]
+            for name in ranks[0].parameters
+        },
+    )
 
 
 def ask_each(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.platforms import current_platform
 
-from tests.engine import Answers, ask, reload
+from tests.engine import Answers, ask, ask_data_parallel, reload
 from tests.v1.utils import EXPORT, NUM_TOKENS, PIPELINE, PROMPTS, assert_alike, clear
 
 pytestmark = pytest.mark.skipif(
@@ -66,3 +66,27 @@ def test_two_ranks_answer_as_one(loads, ranks):
     assert_alike(two, one)
     same = torch.equal(two.logprobs, one.logprobs)
     assert same == ("pipeline_parallel_size" in ranks)
+
+
+@pytest.mark.parametrize("expert_parallel", [True, False], ids=["expert", "tensor"])
+def test_data_parallel_ranks_answer_as_one(loads, expert_parallel):
+    """Each rank attends to its own prompts and holds half of the experts, or half of
+    each; they serve the prompts of both."""
+    layer = "model.layers.3.moe"
+    held = f"{layer}.experts.w13_weight_scale"
+    two = ask_data_parallel(
+        EXPORT,
+        PROMPTS,
+        NUM_TOKENS,
+        2,
+        enable_expert_parallel=expert_parallel,
+        worker_extension_cls="tests.gloo_all2all.Watched",
+        parameters=[held],
+    )
+    stored = load_file(EXPORT / "model.safetensors")
+    gate, up = (stored[f"{layer}.{name}_proj.weight_scale"] for name in ("gate", "up"))
+    dim = 0 if expert_parallel else 1
+    for rank, scales in enumerate(two.parameters[held]):
+        share = [one.chunk(2, dim)[rank] for one in (gate, up)]
+        assert torch.equal(scales.flatten(1), torch.cat(share, dim=1))
+    assert_alike(two, loads[0])
