@@ -8,6 +8,7 @@ Needs Python alone and reads a few KB a file. Whatever does not add up is a
 CheckpointError that names the file, what was expected and what was found.
 """
 
+import codecs
 import json
 import os
 import re
@@ -49,6 +50,8 @@ DTYPE_BITS = {
     "F64": 64,
     "C64": 64,
 }
+# Read at a time to compare two tensors.
+_COMPARED_BYTES = 1 << 20
 DOWNLOAD_AGAIN = "download or copy the file again"
 _NUMBERED = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
 
@@ -88,15 +91,39 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_json(file: Path, text: bytes, what: str) -> dict[str, Any]:
-    """A JSON object without a key twice. Raises CheckpointError, also for one that
-    would take memory out of all proportion to a checkpoint's."""
+def check_byte_order_mark(file: Path, text: bytes) -> None:
+    """Raise CheckpointError for JSON behind a byte order mark, as some editors write
+    it: no reader of a checkpoint takes it."""
+    if text.startswith(codecs.BOM_UTF8):
+        expected = "JSON from the first byte on"
+        remedy = "save it as UTF-8 without the mark: sed -i '1s/^\\xEF\\xBB\\xBF//'"
+        found = "a byte order mark before it (EF BB BF)"
+        raise misfit(file, expected, found, f"{remedy} {file.name}")
+
+
+def check_config_file(model: str) -> None:
+    """`check_byte_order_mark` for the config.json of a model on disk, which
+    transformers calls no JSON without saying why."""
+    file = Path(model) / "config.json"
+    if file.is_file():
+        with file.open("rb") as stream:
+            check_byte_order_mark(file, stream.read(len(codecs.BOM_UTF8)))
+
+
+def parse_json(
+    file: Path, text: bytes, what: str, unique: bool = True
+) -> dict[str, Any]:
+    """A JSON object; `unique`: without a key twice, else the last counts. Raises
+    CheckpointError, also for one that would take memory out of all proportion to a
+    checkpoint's."""
+    check_byte_order_mark(file, text)
     values = sum(text.count(mark) for mark in (b"{", b"[", b","))
     if values > MAX_JSON_VALUES:
         expected = f"{what} of at most {MAX_JSON_VALUES} values"
         raise misfit(file, expected, str(values), DOWNLOAD_AGAIN)
     try:
-        parsed = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+        hook = _no_duplicates if unique else None
+        parsed = json.loads(text.decode(), object_pairs_hook=hook)
     except (ValueError, RecursionError) as error:
         raise misfit(file, f"{what} in JSON", str(error), DOWNLOAD_AGAIN) from None
     if not isinstance(parsed, dict):
@@ -213,8 +240,10 @@ def _read_header(file: Path, size: int, files: Files) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_json(file: Path, what: str, files: Files | None = None) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint. Raises CheckpointError."""
+def read_json(
+    file: Path, what: str, files: Files | None = None, unique: bool = True
+) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint, as `parse_json` has it."""
     files = files or LocalFiles(file.parent)
     try:
         # One byte more than may be, to tell.
@@ -224,7 +253,7 @@ def read_json(file: Path, what: str, files: Files | None = None) -> dict[str, An
     if len(text) > MAX_JSON_BYTES:
         expected = f"{what} of at most {MAX_JSON_BYTES} bytes"
         raise misfit(file, expected, "more", DOWNLOAD_AGAIN)
-    return parse_json(file, text, what)
+    return parse_json(file, text, what, unique)
 
 
 def read_index(file: Path, files: Files | None = None) -> dict[str, str]:
@@ -261,6 +290,31 @@ def _check_numbering(folder: Path, names: list[str]) -> None:
             return
 
 
+def _check_same(
+    first: TensorInfo, second: TensorInfo, chosen: str | None, files: Files
+) -> None:
+    """Raise CheckpointError for a tensor that two files hold, with different bytes:
+    vLLM reads both files, and the later one would count."""
+    same = (first.dtype, first.shape) == (second.dtype, second.shape)
+    size = first.end - first.start
+    for at in range(0, size if same else 0, _COMPARED_BYTES):
+        count = min(_COMPARED_BYTES, size - at)
+        parts = (
+            files.read(each.file.name, each.start + at, count)
+            for each in (first, second)
+        )
+        if len(set(parts)) > 1:
+            same = False
+            break
+    if same:
+        return
+    held = f"{first.name!r} the same in {first.file.name} and {second.file.name}"
+    by_index = f", of which {INDEX} names {chosen}" if chosen else ""
+    remedy = "write the checkpoint anew with each tensor once, or download it again"
+    found = f"other bytes{by_index}; both files are read, and the later would count"
+    raise misfit(second.file, held, found, remedy)
+
+
 def read_checkpoint(folder: Path, files: Files | None = None) -> dict[str, TensorInfo]:
     """All tensors that vLLM would read from a folder, by name.
 
@@ -289,9 +343,10 @@ def read_checkpoint(folder: Path, files: Files | None = None) -> dict[str, Tenso
         file = folder / shard
         for name, tensor in _read_header(file, sizes[shard], files).items():
             if name in tensors:
-                remedy = "delete the file that does not belong to this checkpoint"
-                found = f"it in {tensors[name].file.name} as well"
-                raise misfit(file, f"{name!r} once", found, remedy)
+                chosen = weight_map.get(name)
+                _check_same(tensors[name], tensor, chosen, files)
+                if chosen != shard:
+                    continue
             tensors[name] = tensor
         if len(tensors) > MAX_TENSORS:
             expected = f"at most {MAX_TENSORS} tensors"

@@ -9,38 +9,46 @@ would read wrong is a CheckpointError. Needs Python alone.
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import Any
 
 from vllm.model_executor.layers.quantization.quark.checkpoint import (
-    CheckpointError,
     TensorInfo,
     misfit,
+)
+from vllm.model_executor.layers.quantization.quark.export import (
+    COMPANIONS,
+    FLOATS,
+    INPUT_SCALE,
+    INPUT_ZERO_POINT,
+    INTEGERS,
+    SCALE,
+    SCALES,
+    WEIGHT,
+    ZERO_POINT,
+    Module,
+    companion_problem,
+    expert_of,
+    modules_of,
+)
+from vllm.model_executor.layers.quantization.quark.problems import (
+    EXPORT_AGAIN,
+    Problem,
+    of_tensor,
 )
 from vllm.model_executor.layers.quantization.quark.rules import (
     EXPERT_PROJECTIONS,
     Config,
     Entries,
     experts_excluded,
-    has_int8,
     is_int8,
+    is_static,
     layer_config,
     matches,
+    part_of,
+    scheme_problem,
 )
 
-# Suffix of a tensor -> the tensor, for one module.
-Module = dict[str, TensorInfo]
-
-WEIGHT, SCALE, ZERO_POINT = "weight", "weight_scale", "weight_zero_point"
-INPUT_SCALE, INPUT_ZERO_POINT = "input_scale", "input_zero_point"
-# What is stored beside an INT8 weight, and read or ignored together with it.
-COMPANIONS = (SCALE, ZERO_POINT, INPUT_SCALE, INPUT_ZERO_POINT)
-SCALES = (SCALE, INPUT_SCALE)
-
-FLOATS = ("F16", "BF16", "F32")
-INTEGERS = ("I8", "U8", "I16", "I32", "I64")
 # Linear layers in every model that has layers of these names.
 PROJECTIONS = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_up_proj"),
@@ -62,103 +70,14 @@ FUSED = {
 }
 # Far beyond any real model: the config of a stranger's checkpoint may say anything.
 MAX_EXPERTS = 100_000
-EXPORT_AGAIN = "export the checkpoint again"
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
-_EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d{1,9})\.")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What vLLM would read wrong: the kind, in kebab-case, what shows it, the error."""
-
-    id: str
-    name: str
-    error: ValueError
-
-
-def _error(
-    tensor: TensorInfo, expected: str, found: str, remedy: str
-) -> CheckpointError:
-    return misfit(f"{tensor.name} ({tensor})", expected, found, remedy)
-
-
-def _problem(
-    id: str, tensor: TensorInfo, expected: str, found: str, remedy: str
-) -> Problem:
-    return Problem(id, tensor.name, _error(tensor, expected, found, remedy))
-
-
-def _is_objects(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(each, dict) for each in value.values()
-    )
-
-
-def check_config(config: Config) -> None:
-    """Raise ValueError for a quantization_config of INT8 that vLLM cannot read."""
-    scheme = config.get("global_quant_config")
-    kinds = ("weight", "input_tensors")
-    is_scheme = isinstance(scheme, dict) and all(
-        # FP8 with INT4 has a list of two.
-        isinstance(scheme.get(kind) or {}, (dict, list))
-        for kind in kinds
-    )
-    if is_scheme and not has_int8(config):
-        return
-    export = config.get("export")
-    is_export = isinstance(export, dict) and isinstance(
-        export.get("kv_cache_group"), list
-    )
-    exclude = config.get("exclude")
-    is_names = isinstance(exclude, list) and all(
-        isinstance(each, str) for each in exclude
-    )
-    overrides = ("layer_quant_config", "layer_type_quant_config")
-    problems = {
-        "global_quant_config": not is_scheme,
-        "export": not is_export,
-        "exclude": not is_names,
-        **{key: not _is_objects(config.get(key) or {}) for key in overrides},
-    }
-    for key, is_wrong in problems.items():
-        if is_wrong:
-            expected = "a list of names" if key == "exclude" else "an object"
-            if key in overrides:
-                expected = "an object of objects"
-            raise ValueError(
-                f"config.json, quantization_config: expected {key!r} to be {expected}, "
-                f"found {config.get(key, 'nothing')!r:.100}; export the model with "
-                "amd-quark 0.13, or copy the quantization_config of such an export"
-            )
-
-
-def int8_with_scales(tensors: Mapping[str, TensorInfo]) -> Iterator[TensorInfo]:
-    """INT8 weights that have a scale beside them, whatever the config says."""
-    for name, tensor in tensors.items():
-        if tensor.dtype == "I8" and f"{name}_scale" in tensors:
-            yield tensor
-
-
-def modules_of(tensors: Iterable[TensorInfo]) -> dict[str, Module]:
-    """The tensors by module: `model.layers.0.mlp.down_proj` -> suffix -> tensor."""
-    modules: dict[str, Module] = defaultdict(dict)
-    for tensor in tensors:
-        module, _, suffix = tensor.name.rpartition(".")
-        modules[module][suffix] = tensor
-    return dict(modules)
 
 
 def layer_index(name: str) -> int | None:
     """3 for `model.layers.3.mlp`; None outside the layers."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
-
-
-def expert_of(name: str) -> tuple[str, int] | None:
-    """(`model.layers.3.moe.experts`, 7) for a name below that expert, else None."""
-    found = _EXPERT.match(name)
-    return (found["prefix"], int(found["expert"])) if found else None
 
 
 def fused_names(modules: Iterable[str]) -> list[str]:
@@ -182,44 +101,6 @@ def first_value(config: Mapping[str, Any], *keys: str) -> Any:
         for key in keys:
             if each.get(key) is not None:
                 return each[key]
-    return None
-
-
-def part_of(layer: Config, kind: str) -> Config:
-    """What a layer's config says of `weight` or `input_tensors`; empty for nothing,
-    and for the lists that other formats have there."""
-    found = layer.get(kind)
-    return found if isinstance(found, dict) else {}
-
-
-def is_static(layer: Config) -> bool:
-    """Whether a layer's config has activations of a scale that the export holds."""
-    return not part_of(layer, "input_tensors").get("is_dynamic")
-
-
-def _scheme_problem(layer: Config) -> tuple[str, str] | None:
-    """What an INT8 config should say and what it says, where vLLM has no kernel."""
-    weight, inputs = part_of(layer, "weight"), part_of(layer, "input_tensors")
-    if weight.get("qscheme") not in ("per_tensor", "per_channel") or weight.get(
-        "is_dynamic"
-    ):
-        return "weights per_tensor or per_channel", str(weight.get("qscheme"))
-    if weight.get("symmetric") is not True:
-        return "symmetric weights", "asymmetric ones, whose zero points kernels ignore"
-    if weight["qscheme"] == "per_channel" and weight.get("ch_axis") != 0:
-        return "per-channel weights with ch_axis 0", f"ch_axis {weight.get('ch_axis')}"
-    if inputs.get("dtype") != "int8":
-        return "int8 activations", str(inputs.get("dtype"))
-    per_token = (
-        inputs.get("qscheme") == "per_channel" and inputs.get("is_dynamic") is True
-    )
-    per_tensor = inputs.get("qscheme") == "per_tensor" and not inputs.get("is_dynamic")
-    if not per_token and not per_tensor:
-        kind = "dynamic" if inputs.get("is_dynamic") else "static"
-        expected = "activations per token and dynamic, or per tensor and static"
-        return expected, f"{inputs.get('qscheme')}, {kind}"
-    if layer.get("output_tensors") or layer.get("bias"):
-        return "no quantized outputs or biases", "such"
     return None
 
 
@@ -398,13 +279,9 @@ class Layout:
                 close = min((name for name in known if entry in name), default=None)
             is_first = False
             hint = f" (there is {close})" if close else ""
-            error = ValueError(
-                "config.json, quantization_config, exclude: expected every entry to "
-                f"name a module of the checkpoint, found {entry!r}, which names none"
-                f"{hint}: what it should exclude would be read as INT8; correct the "
-                "entry, or delete it if nothing of that kind is in the model"
-            )
-            yield Problem("exclude-names-nothing", entry, error)
+            expected = "exclude to name modules of the checkpoint"
+            found = f"an entry that names none{hint}"
+            yield Problem("exclude-names-nothing", entry, expected, found)
 
     def _module_problems(self, name: str, module: Module) -> Iterator[Problem]:
         weight = module.get(WEIGHT)
@@ -412,7 +289,7 @@ class Layout:
             for suffix in COMPANIONS:
                 if suffix in module:
                     expected, found = f"{name}.weight beside it", "no such tensor"
-                    yield _problem(
+                    yield of_tensor(
                         "weight-missing", module[suffix], expected, found, EXPORT_AGAIN
                     )
                     return
@@ -420,7 +297,7 @@ class Layout:
         try:
             layer = self.layer_config(name, module)
         except ValueError as error:
-            yield Problem("experts-differ", name, error)
+            yield Problem("experts-differ", name, "one scheme", str(error))
             return
         if weight.dtype != "I8":
             yield from self._float_problems(name, module, layer)
@@ -429,19 +306,19 @@ class Layout:
         if last in NEVER_QUANTIZED:
             remedy = f"{EXPORT_AGAIN} with {last!r} in exclude"
             expected = f"a float {last}, which vLLM does not quantize"
-            yield _problem("head-quantized", weight, expected, "I8", remedy)
+            yield of_tensor("head-quantized", weight, expected, "I8", remedy)
         elif layer is None:
             entry = self.exclude.match(name) or "its experts' entries"
             expected = f"a float weight, since exclude has {entry!r}"
             remedy = "delete that entry from config.json, or export again"
-            yield _problem("int8-excluded", weight, expected, "I8", remedy)
+            yield of_tensor("int8-excluded", weight, expected, "I8", remedy)
         elif not is_int8(layer):
             dtype = part_of(layer, "weight").get("dtype")
             expected = f"{dtype} as config.json has it"
-            yield _problem("int8-unasked", weight, expected, "I8", EXPORT_AGAIN)
-        elif problem := _scheme_problem(layer):
+            yield of_tensor("int8-unasked", weight, expected, "I8", EXPORT_AGAIN)
+        elif problem := scheme_problem(layer):
             remedy = f"{EXPORT_AGAIN} with that"
-            yield _problem("scheme-without-kernel", weight, *problem, remedy)
+            yield of_tensor("scheme-without-kernel", weight, *problem, remedy)
         else:
             yield from self._int8_problems(name, module, layer)
 
@@ -459,7 +336,7 @@ class Layout:
                 else "since exclude does not name it"
             )
             remedy = f"add {name!r} to exclude in config.json, or export again"
-            yield _problem(
+            yield of_tensor(
                 "float-not-excluded", weight, f"I8, {why}", weight.dtype, remedy
             )
 
@@ -470,7 +347,7 @@ class Layout:
         rank = 3 if expert_of(name + ".") is None and len(weight.shape) == 3 else 2
         if len(weight.shape) != rank:
             expected, found = "[N, K], or [E, N, K] for experts", list(weight.shape)
-            yield _problem(
+            yield of_tensor(
                 "weight-misshapen", weight, expected, str(found), EXPORT_AGAIN
             )
             return
@@ -484,8 +361,9 @@ class Layout:
             (INPUT_SCALE, FLOATS, experts, static),
             (INPUT_ZERO_POINT, INTEGERS, experts, False),
         ):
-            if problem := _companion_problem(
-                name, module, suffix, dtypes, shape, required
+            tensor = module.get(suffix)
+            if problem := companion_problem(
+                weight, suffix, tensor, dtypes, shape, required
             ):
                 yield problem
                 return
@@ -493,7 +371,7 @@ class Layout:
             remedy = "correct input_tensors in config.json, or export again"
             expected = "none, since config.json has dynamic activations"
             tensor = module[INPUT_SCALE]
-            yield _problem(
+            yield of_tensor(
                 "static-scale-of-dynamic", tensor, expected, "a static scale", remedy
             )
 
@@ -512,7 +390,7 @@ class Layout:
                 experts[expert[0]][expert[1]] = weight
             elif len(weight.shape) == 3 and weight.shape[0] != expected:
                 shape = f"{expected} experts, as config.json has it"
-                yield _problem(
+                yield of_tensor(
                     "experts-miscounted",
                     weight,
                     shape,
@@ -525,35 +403,4 @@ class Layout:
                 how = "one too many" if wrong in weights else "missing"
                 every = f"experts 0 to {expected - 1}, as config.json has it"
                 found = f"{len(weights)}: {wrong} is {how}"
-                error = misfit(prefix, every, found, EXPORT_AGAIN)
-                yield Problem("experts-miscounted", prefix, error)
-
-
-def _companion_problem(
-    name: str,
-    module: Module,
-    suffix: str,
-    dtypes: tuple[str, ...],
-    shape: tuple[int, ...],
-    required: bool,
-) -> Problem | None:
-    """Of a scale or zero point: it has `shape`, or that with a last dimension of 1."""
-    tensor = module.get(suffix)
-    if tensor is None:
-        if not required:
-            return None
-        expected = f"{name}.{suffix} {list(shape)} beside it"
-        found = "no such tensor"
-        return _problem("scale-missing", module[WEIGHT], expected, found, EXPORT_AGAIN)
-    if tensor.dtype not in dtypes:
-        expected = " or ".join(dtypes)
-        return _problem(
-            "scale-of-other-dtype", tensor, expected, tensor.dtype, EXPORT_AGAIN
-        )
-    if tensor.shape not in (shape, (*shape, 1)) and not (
-        prod(shape) == 1 and tensor.shape in ((), (1,))
-    ):
-        expected = f"{list(shape)} or {[*shape, 1]} for {module[WEIGHT]}"
-        found = str(list(tensor.shape))
-        return _problem("scale-misshapen", tensor, expected, found, EXPORT_AGAIN)
-    return None
+                yield Problem("experts-miscounted", prefix, every, found)

@@ -1,209 +1,263 @@
 # SPDX-License-Identifier: Apache-2.0
 """No silence while a Quark INT8 checkpoint is loaded.
 
-`check_folder` judges the files before a model is built: damage, layout, scales and zero
-points. `checked` judges the loading itself: every tensor is taken by a parameter
-of its kind, and every element of a parameter is filled. Both end in a CheckpointError
-that names the tensor, what was expected, what was found and a remedy. Checkpoints
-without INT8 weights are left as upstream has them.
+Three times something is asked. `check_model`, while vLLM reads the config: are the
+files whole, and is the config one that can be read? `Checks.layer`, while the model is
+built: what do the files hold for this layer (export.py)? `checked`, while weights are
+loaded: is every tensor taken by a parameter of its kind, is every parameter filled, are
+scales finite and above zero?
+
+What would make an answer wrong ends in a CheckpointError that names the tensor, what
+was expected, what was found and a remedy; with VLLM_QUARK_INT8_CHECKS=warn it is logged
+instead. What cannot change an answer is logged once (problems.py). Checkpoints without
+INT8 weights are left as upstream has them.
 """
 
 import math
 import re
-from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PretrainedConfig
-from vllm.config import ModelConfig
+from vllm import envs
+from vllm.config import ModelConfig, get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoE
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.quark.checkpoint import (
-    DOWNLOAD_AGAIN,
     CheckpointError,
     TensorInfo,
-    misfit,
     read_checkpoint,
 )
-from vllm.model_executor.layers.quantization.quark.layout import (
+from vllm.model_executor.layers.quantization.quark.export import (
     COMPANIONS,
-    EXPORT_AGAIN,
+    INPUT_SCALE,
     SCALES,
-    WEIGHT,
     ZERO_POINT,
-    Layout,
-    check_config,
+    Export,
+    Layer,
+    Mapper,
+    Stored,
+    config_problems,
     expert_of,
-    first_value,
     int8_with_scales,
-    layer_index,
+    must_be_zero,
 )
-from vllm.model_executor.layers.quantization.quark.rules import (
-    EXPERT_PROJECTIONS,
-    Config,
-    has_int8,
+from vllm.model_executor.layers.quantization.quark.problems import (
+    KINDS,
+    Problem,
+    of_tensor,
 )
+from vllm.model_executor.layers.quantization.quark.rules import Config, has_int8
+from vllm.model_executor.layers.quantization.quark.watch import Watch, Weights, Write
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-Weights = Iterable[tuple[str, torch.Tensor]]
+logger = init_logger(__name__)
 
-# Buffers of rotary embeddings, which vLLM computes.
-_COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 # Parameters that an export need not hold: zero points of symmetric quantization, and
 # scales of the key/value cache.
 _OPTIONAL = re.compile(r"(zero_point|\.(q|k|v|prob)_scale)$")
-_LAYER = re.compile(r"\.layers\.\d+\.")
+# Scales of the key/value cache, by the names that Quark gives them.
+_CACHE_SCALE = re.compile(r"output_scale$")
 # Beyond, handing a tensor to a thread takes less time than looking at it.
 _LARGE_BYTES = 1 << 20
 _CHECKED_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# Names that a message shows of many.
+_NUM_SHOWN = 3
 
 
-# --- before the model is built ----------------------------------------------------
+class Checks:
+    """What is asked about one export, and what was found so far.
 
-
-def check_model(
-    model: str, config: dict[str, Any], hf_config: PretrainedConfig | None
-) -> None:
-    """`check_folder` for a model on disk, while vLLM reads its config: nothing is
-    started yet. Of what passes, `exclude` gets full names beside patterns. A model that
-    is to be downloaded is checked by `checked`."""
-    if hf_config is None or not Path(model).is_dir():
-        return
-    if layout := check_folder(Path(model), config, hf_config.to_dict()):
-        config["exclude"] = layout.full_names()
-
-
-def check_folder(
-    folder: Path, config: Config, model: Mapping[str, Any]
-) -> Layout | None:
-    """Raise CheckpointError or ValueError for what vLLM would read wrong.
-
-    config: the quantization_config; model: config.json as a whole. Reads the files'
-    headers, and of the tensors the scales and zero points alone. Returns what they
-    hold; None without INT8, and for a folder without safetensors, which is left to the
-    loader.
+    model: a folder, or a name on a hub, as the engine was given it; config: the
+    quantization_config as the file has it. Travels to worker processes, each of which
+    reads the headers when it is first asked.
     """
-    if not has_int8(config):
-        return None
-    check_config(config)
-    tensors = read_checkpoint(folder)
-    if not tensors:
-        return None
-    layout = Layout(tensors, config, model)
-    layout.check()
-    _check_values(layout)
-    return layout
+
+    def __init__(self, model: str, revision: str | None, config: Config) -> None:
+        self.model, self.revision, self.config = model, revision, config
+        self.problems: list[Problem] = []
+        self._export: Export | None = None
+        self._is_read = False
+        self._mappers: list[Mapper] = []
+        self._num_seen = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = self.__dict__ | {"_export": None, "_is_read": False, "_num_seen": 0}
+        return kept | {"problems": []}
+
+    @property
+    def export(self) -> Export | None:
+        """The files' tensors beside the config; None where there are no safetensors."""
+        if not self._is_read:
+            self._is_read = True
+            folder = self._folder()
+            tensors = read_checkpoint(folder) if folder is not None else {}
+            if tensors:
+                self._export = Export(tensors, self.config)
+                for mapper in self._mappers:
+                    self._export.rename(mapper)
+        return self._export
+
+    def _folder(self) -> Path | None:
+        """Where the files are. A model of a hub is downloaded now, as it would be when
+        its weights are loaded."""
+        from vllm.model_executor.model_loader import get_model_loader
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+        if Path(self.model).is_dir():
+            return Path(self.model)
+        loader = get_model_loader(get_current_vllm_config().load_config)
+        if not isinstance(loader, DefaultModelLoader):
+            return None
+        try:
+            found = loader._prepare_weights(self.model, None, self.revision, True, None)
+        except (OSError, RuntimeError):  # the loader will say what is wrong
+            self._is_read = False
+            return None
+        return Path(found[0])
+
+    def rename(self, mapper: Mapper) -> None:
+        """Follow a model that renames the modules of its checkpoint."""
+        self._mappers.append(mapper)
+        if self._export is not None:
+            self._export.rename(mapper)
+
+    def layer(
+        self, layer: nn.Module, prefix: str, packed: Mapping[str, Sequence[str]]
+    ) -> Layer | None:
+        """What the files hold for a layer that is being built; None for nothing that
+        is known. Raises CheckpointError for what would be read wrong."""
+        if self.export is None:
+            return None
+        if isinstance(layer, FusedMoE):
+            found = self.export.experts(prefix)
+        elif isinstance(layer, LinearBase):
+            found = self.export.linear(prefix, packed)
+        else:
+            return None
+        new = self.export.problems[self._num_seen :]
+        self._num_seen += len(new)
+        for problem in new:
+            self.report(problem)
+        return found
+
+    def report(self, problem: Problem) -> None:
+        """Raise an error, or keep it and a warning for the log."""
+        is_error = problem.kind.severity == "error"
+        if is_error and envs.VLLM_QUARK_INT8_CHECKS == "error":
+            raise problem.error
+        self.problems.append(problem)
+
+    def log(self) -> None:
+        """Say once what was found of each kind."""
+        by_kind: dict[str, list[Problem]] = defaultdict(list)
+        for problem in self.problems:
+            by_kind[problem.id].append(problem)
+        for id, problems in by_kind.items():
+            logger.warning_once(_in_words(id, problems))
+        self.problems = []
 
 
-def _check_values(layout: Layout) -> None:
-    """Scales are finite and above zero, ignored zero points are zero."""
-    by_file: dict[Path, list[tuple[TensorInfo, str, bool]]] = defaultdict(list)
-    for name, module, suffix in layout.checked_companions():
-        tensor = module[suffix]
-        fused = layout.experts_prefix(name, module) is not None
-        by_file[tensor.file].append((tensor, suffix, fused))
-    for file, found in by_file.items():
-        with safe_open(file, framework="pt") as stream:
-            for tensor, suffix, fused in found:
-                values = stream.get_tensor(tensor.name)
-                if suffix in SCALES:
-                    _check_scale(tensor, values)
-                elif values.count_nonzero():
-                    _refuse_zero_point(tensor, suffix, values, fused)
-
-
-def _check_scale(tensor: TensorInfo, values: torch.Tensor) -> None:
-    values = values.float()
-    bad = ~(torch.isfinite(values) & (values > 0))
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        value = values[tuple(where)].item()
-        raise misfit(
-            f"{tensor.name} ({tensor})",
-            "scales that are finite and above zero",
-            f"{value} at {where}, {int(bad.sum())} of {bad.numel()} such",
-            f"{EXPORT_AGAIN}: a layer that saw no data has no scale",
-        )
-
-
-def _refuse_zero_point(
-    tensor: TensorInfo, suffix: str, values: torch.Tensor, fused: bool
-) -> None:
-    what = "weights" if suffix == ZERO_POINT else "activations"
-    of = "experts" if fused else "linear layers"
-    where = values.nonzero()[0].tolist()
-    raise misfit(
-        f"{tensor.name} ({tensor})",
-        f"zero points of 0: INT8 kernels ignore those of {what} of {of}",
-        f"{int(values[tuple(where)])} at {where}",
-        f"{EXPORT_AGAIN} with symmetric {what}",
+def _in_words(id: str, problems: Sequence[Problem]) -> str:
+    """One warning about all problems of a kind."""
+    kind = KINDS[id]
+    names = list(dict.fromkeys(problem.name for problem in problems))
+    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    seen = f"{', '.join(names[:_NUM_SHOWN])}{more}"
+    if kind.severity == "warning":
+        return f"Quark INT8: {kind.summary} ({id}): {seen}. {kind.why}"
+    return (
+        f"Quark INT8: ANSWERS WILL BE WRONG: {problems[0].error}. {kind.why} "
+        f"({id}: {seen}; VLLM_QUARK_INT8_CHECKS=warn lets it pass)"
     )
 
 
-# --- the shapes that a built model takes --------------------------------------------
+def check_model(model_config: ModelConfig, quant_config: "QuarkConfig") -> None:
+    """Look into the files of a model on disk while vLLM reads its config: nothing is
+    started yet. Raises CheckpointError for damaged files."""
+    config = quant_config.quant_config
+    if not has_int8(config):
+        return
+    if Path(model_config.model).is_dir():
+        read_checkpoint(Path(model_config.model))
+    checks = Checks(model_config.model, model_config.revision, config)
+    for problem in config_problems(config):
+        checks.report(problem)
+    checks.log()
+    quant_config.checks = checks
 
 
-def _expected_shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Module in the checkpoint -> shape of its weight, module of vLLM that takes it."""
-    packed = getattr(model, "packed_modules_mapping", {})
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+# --- once the model is built --------------------------------------------------------
+
+
+def checked(loader: "DefaultModelLoader", model: Any, model_config: ModelConfig) -> Any:
+    """The model, with a `load_weights` that checks what it loads where that is INT8."""
+    if model_config.quantization is None:
+        _refuse_int8_without_config(Path(model_config.model))
+        return model
+    checks = _checks_of(model, model_config)
+    if checks is None:
+        return model
+    return _CheckedModel(model, model_config, checks)
+
+
+def _refuse_int8_without_config(folder: Path) -> None:
+    """A checkpoint that lost its quantization_config would be read as floats."""
+    try:
+        tensors = read_checkpoint(folder)
+    except CheckpointError:
+        return  # not known to be INT8, so left to the loader
+    for tensor in int8_with_scales(tensors):
+        expected = "a quantization_config in config.json, since it is stored as INT8"
+        problem = of_tensor("config-lost", tensor, expected, "none")
+        checks = Checks(str(folder), None, {})
+        checks.report(problem)
+        checks.log()
+        return
+
+
+def _checks_of(model: nn.Module, model_config: ModelConfig) -> Checks | None:
+    """Those that the layers of the model asked while they were built."""
+    for module in model.modules():
+        quant_config = getattr(module, "quant_config", None)
+        if (checks := getattr(quant_config, "checks", None)) is not None:
+            return checks
+    config = _quantization_config(model_config)
+    if not has_int8(config):
+        return None
+    return Checks(model_config.model, model_config.revision, config)
+
+
+def _quantization_config(model_config: ModelConfig) -> Config:
+    config = getattr(model_config.hf_config, "quantization_config", None)
+    text = getattr(model_config.hf_config, "text_config", None)
+    return config or getattr(text, "quantization_config", None) or {}
+
+
+def _layers(
+    model: nn.Module, checks: Checks
+) -> Generator[tuple[str, nn.Module, Layer], None, None]:
+    """The INT8 layers of a model that the files hold weights for."""
+    export = checks.export
+    if export is None:
+        return
     for prefix, module in model.named_modules():
-        if isinstance(module, FusedMoE) and _is_int8(module):
-            shapes |= _expected_experts(prefix, module)
-        elif isinstance(module, LinearBase) and _is_matrix(module):
-            parent, _, name = prefix.rpartition(".")
-            shards = packed.get(name, [name])
-            sizes = _output_sizes(module)
-            if len(shards) == len(sizes):
-                for shard, size in zip(shards, sizes, strict=True):
-                    shapes[f"{parent}.{shard}"] = (size, module.input_size), prefix
-    return shapes
-
-
-def _output_sizes(module: LinearBase) -> list[int]:
-    """Rows of each shard of a linear layer in the checkpoint."""
-    if hasattr(module, "total_num_kv_heads"):
-        key_value = module.total_num_kv_heads * module.head_size
-        value = module.total_num_kv_heads * getattr(
-            module, "v_head_size", module.head_size
-        )
-        return [module.total_num_heads * module.head_size, key_value, value]
-    return list(getattr(module, "output_sizes", [module.output_size]))
-
-
-def _expected_experts(
-    prefix: str, module: FusedMoE
-) -> dict[str, tuple[tuple[int, ...], str]]:
-    width = module.moe_config.intermediate_size_per_partition_unpadded * module.tp_size
-    hidden, count = module.moe_config.hidden_dim_unpadded, module.logical_num_experts
-    parent = prefix.rpartition(".")[0]
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-    for gate, up, down in EXPERT_PROJECTIONS:
-        for name, shape in {
-            gate: (width, hidden),
-            up: (width, hidden),
-            down: (hidden, width),
-        }.items():
-            shapes[f"{parent}.{name}"] = (count, *shape), prefix
-            for expert in range(count):
-                shapes[f"{prefix}.{expert}.{name}"] = shape, prefix
-    return shapes
-
-
-def _is_matrix(module: LinearBase) -> bool:
-    """Whether a linear layer's weight is as in the checkpoint: [N, K], not packed."""
-    return _is_int8(module) or isinstance(module.quant_method, UnquantizedLinearMethod)
+        # A layer knows the name under which it asked.
+        asked = getattr(module, "prefix", getattr(module, "layer_name", prefix))
+        found = export.asked(asked) or export.asked(prefix)
+        if found is not None and found.config is not None and _is_int8(module):
+            yield prefix, module, found
 
 
 def _is_int8(module: nn.Module) -> bool:
@@ -214,363 +268,387 @@ def _is_int8(module: nn.Module) -> bool:
     return isinstance(weight, torch.Tensor) and weight.dtype == torch.int8
 
 
-def check_shapes(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise CheckpointError for what a built model shows of the files' headers: a
-    weight of another shape or dtype than the layer that takes it, and a tensor that one
-    layer lacks and others have. Names that a model's loader makes up are left to it."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    shapes = _expected_shapes(model)
-    found: dict[str, TensorInfo] = {}
-    for tensor in tensors.values():
-        for name in mapper.apply_list([tensor.name]) if mapper else [tensor.name]:
-            found[name] = tensor
-    for name, tensor in found.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix != WEIGHT or module not in shapes:
-            continue
-        shape, prefix = shapes[module]
-        dtype = "I8" if _is_int8(model.get_submodule(prefix)) else "floating-point"
-        is_dtype = (tensor.dtype == "I8") == (dtype == "I8")
-        if not is_dtype or tensor.shape != shape:
-            raise misfit(
-                f"{tensor.name} ({tensor.file.name})",
-                f"{dtype} {list(shape)} for {prefix}",
-                f"{tensor.dtype} {list(tensor.shape)}",
-                "correct config.json so that it fits the weights, or export again",
+def _check_shapes(model: nn.Module, checks: Checks) -> None:
+    """Compare the shapes of INT8 weights with those of the layers that take them."""
+    for prefix, module, layer in _layers(model, checks):
+        expected = (
+            _expert_shapes(module)
+            if isinstance(module, FusedMoE)
+            else _linear_shapes(module, len(layer.weights))
+        )
+        for number, stored in enumerate(layer.weights):
+            shapes = expected.get(number, expected.get(None, ()))
+            shape = stored.weight.shape
+            if shapes and shape[-2:] not in shapes:
+                wanted = " or ".join(str(list(each)) for each in sorted(set(shapes)))
+                checks.report(
+                    of_tensor(
+                        "weight-misshapen",
+                        stored.weight,
+                        f"I8 {wanted} for {prefix}",
+                        f"I8 {list(shape)}",
+                    )
+                )
+        if isinstance(module, FusedMoE):
+            _check_count(prefix, module, layer, checks)
+
+
+def _linear_shapes(
+    module: Any, count: int
+) -> dict[int | None, tuple[tuple[int, ...], ...]]:
+    """The shapes [N, K] that the weights of a linear layer have in a checkpoint, by
+    their number among its `count` weights."""
+    if hasattr(module, "total_num_kv_heads"):
+        key = module.total_num_kv_heads * module.head_size
+        value = module.total_num_kv_heads * getattr(
+            module, "v_head_size", module.head_size
+        )
+        sizes = [module.total_num_heads * module.head_size, key, value]
+    else:
+        sizes = list(getattr(module, "output_sizes", [module.output_size]))
+    if count == 1:
+        sizes = [sum(sizes)]
+    if len(sizes) != count:
+        return {}
+    return {number: ((size, module.input_size),) for number, size in enumerate(sizes)}
+
+
+def _expert_shapes(
+    module: FusedMoE,
+) -> dict[int | None, tuple[tuple[int, ...], ...]]:
+    """The shapes of gate or up, down, and gate and up as one, whichever it is."""
+    width = module.moe_config.intermediate_size_per_partition_unpadded * module.tp_size
+    hidden = module.moe_config.hidden_dim_unpadded
+    return {None: ((width, hidden), (hidden, width), (2 * width, hidden))}
+
+
+def _check_count(prefix: str, module: FusedMoE, layer: Layer, checks: Checks) -> None:
+    """Every expert of the model is there."""
+    count = module.logical_num_experts
+    held: set[int] = set()
+    for stored in layer.weights:
+        if expert := expert_of(f"{stored.module}."):
+            held.add(expert[1])
+        elif len(stored.weight.shape) == 3:
+            held.update(range(min(stored.weight.shape[0], count)))
+    if missing := sorted(set(range(count)) - held):
+        checks.report(
+            Problem(
+                "experts-miscounted",
+                prefix,
+                f"experts 0 to {count - 1}, as config.json has it",
+                f"{len(held & set(range(count)))}: {missing[0]} is missing",
             )
-    kinds = {_kind(name) for name in found}
-    for name in _checkpoint_names(model):
-        if name not in found and _kind(name) in kinds and not _OPTIONAL.search(name):
-            remedy = f"{EXPORT_AGAIN}, or download the shard that has it"
-            raise misfit(name, "it in every such layer", "no such tensor", remedy)
+        )
 
 
-def _kind(name: str) -> str:
-    """The name without its layer's number."""
-    return _LAYER.sub(".layers.*.", name)
+# --- the numbers of scales and zero points ------------------------------------------
 
 
-def _checkpoint_names(model: nn.Module) -> Iterable[str]:
-    """Names that the parameters of a model have in its checkpoint, but for experts."""
-    packed = getattr(model, "packed_modules_mapping", {})
-    modules = dict(model.named_modules())
-    for name, _ in model.named_parameters():
-        prefix, _, suffix = name.rpartition(".")
-        parent, _, last = prefix.rpartition(".")
-        if not isinstance(modules[prefix], FusedMoE):
-            for shard in packed.get(last, [last]):
-                yield f"{parent}.{shard}.{suffix}" if parent else name
+def _check_values(model: nn.Module, checks: Checks) -> None:
+    """Scales are finite and above zero, ignored zero points are zero."""
+    by_file: dict[Path, list[tuple[Stored, TensorInfo, str, bool]]] = defaultdict(list)
+    for _, module, layer in _layers(model, checks):
+        is_experts = isinstance(module, FusedMoE)
+        for stored in layer.weights:
+            for suffix, tensor in stored.companions.items():
+                if suffix in SCALES or must_be_zero(
+                    suffix, is_experts, layer.config or {}
+                ):
+                    place = stored, tensor, suffix, is_experts
+                    by_file[tensor.file].append(place)
+    for file, found in by_file.items():
+        with safe_open(file, framework="pt") as stream:
+            for stored, tensor, suffix, is_experts in found:
+                values = stream.get_tensor(tensor.name)
+                if suffix in SCALES:
+                    problem = scale_problem(stored, tensor, values)
+                else:
+                    problem = _zero_point_problem(tensor, suffix, values, is_experts)
+                if problem:
+                    checks.report(problem)
+
+
+def scale_problem(
+    stored: Stored, tensor: TensorInfo, values: torch.Tensor
+) -> Problem | None:
+    """What is wrong with the numbers of a scale: [], [N], [N, 1] or with [E] before."""
+    values = values.float()
+    good = torch.isfinite(values) & (values > 0)
+    if good.all():
+        return None
+    bad = ~good
+    if torch.isfinite(values).all() and _holds_zeros(stored.weight, bad):
+        found = f"{int(bad.sum())} of {bad.numel()}"
+        return of_tensor("zero-channels", tensor, "scales above zero", found)
+    where = bad.nonzero()[0].tolist()
+    value = values[tuple(where)].item()
+    return of_tensor(
+        "scale-not-positive",
+        tensor,
+        "scales that are finite, and above zero where weights are not all zero",
+        f"{value} at {where}, {int(bad.sum())} of {bad.numel()} such",
+    )
+
+
+def _holds_zeros(weight: TensorInfo, bad: torch.Tensor) -> bool:
+    """Whether all channels of a weight are zeros whose scale is marked in `bad`."""
+    with safe_open(weight.file, framework="pt") as stream:
+        values = stream.get_tensor(weight.name)
+    if bad.ndim and bad.shape[-1] == 1 and bad.ndim == values.ndim:
+        bad = bad.squeeze(-1)
+    if bad.numel() == 1:
+        return not values.count_nonzero()
+    return not values[bad].count_nonzero()
+
+
+def _zero_point_problem(
+    tensor: TensorInfo, suffix: str, values: torch.Tensor, is_experts: bool
+) -> Problem | None:
+    if not values.count_nonzero():
+        return None
+    what = "weights" if suffix == ZERO_POINT else "activations"
+    of = "experts" if is_experts else "linear layers"
+    where = values.nonzero()[0].tolist()
+    return of_tensor(
+        "zero-point-not-zero",
+        tensor,
+        f"zero points of 0: INT8 kernels ignore those of {what} of {of}",
+        f"{int(values[tuple(where)])} at {where}",
+    )
 
 
 # --- while the weights are loaded ---------------------------------------------------
 
 
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.numel():
-        return
+def _non_finite(name: str, tensor: torch.Tensor, where: str) -> Problem | None:
+    if not tensor.numel() or tensor.is_meta:
+        return None
     # One pass: NaN is both the least and the greatest of numbers that hold it.
     least, greatest = tensor.aminmax()
     if least.isfinite() and greatest.isfinite():
-        return
+        return None
     bad = ~tensor.isfinite()
-    where = bad.nonzero()[0].tolist()
-    found = f"{tensor[tuple(where)].item()} at {where}, {int(bad.sum())} such"
-    raise misfit(name, "finite numbers", found, DOWNLOAD_AGAIN)
-
-
-def _looked_at(weights: Weights) -> Generator[tuple[str, torch.Tensor], None, None]:
-    """The weights, of which large ones are looked at while they are copied to a GPU."""
-    with ThreadPoolExecutor(1) as thread:
-        for name, tensor in weights:
-            if tensor.dtype not in _CHECKED_FLOATS:
-                yield name, tensor
-            elif tensor.nbytes < _LARGE_BYTES or current_platform.is_cpu():
-                _check_finite(name, tensor)
-                yield name, tensor
-            else:
-                found = thread.submit(_check_finite, name, tensor)
-                yield name, tensor
-                found.result()
-
-
-class _Watch:
-    """Sees every write into a parameter while weights are loaded.
-
-    A parameter is known by its memory: `weight_loader`s write into views of it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.numel()
-        }
-        spans = sorted(
-            (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
-            for name, parameter in self.parameters.items()
-        )
-        self.starts = [start for start, _, _ in spans]
-        self.spans = spans
-        # Parameter -> the parts of it that were written, each once.
-        self.written: dict[str, dict[tuple, int]] = defaultdict(dict)
-        self.current: tuple[str, torch.Tensor] | None = None
-        self.pending: dict[str, tuple[int, int]] = {}
-        self.is_taken = False
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Stand in for the methods of tensors that write.
-
-        A TorchDispatchMode would see more, and take longer than all else that is
-        done for an expert: loaders make several views for each write.
-        """
-        replaced = {
-            "copy_": self._copying(torch.Tensor.copy_),
-            "fill_": self._filling(torch.Tensor.fill_),
-            "zero_": self._filling(torch.Tensor.zero_),
-            "__setitem__": self._setting(torch.Tensor.__setitem__),
-        }
-        own = {name: torch.Tensor.__dict__.get(name) for name in replaced}
-        for name, method in replaced.items():
-            setattr(torch.Tensor, name, method)
-        try:
-            yield
-        finally:
-            for name, before in own.items():
-                if before is None:
-                    delattr(torch.Tensor, name)
-                else:
-                    setattr(torch.Tensor, name, before)
-
-    def _copying(self, copy: Callable) -> Callable:
-        def copy_(target, source, *args, **kwargs):
-            self._note(target, source)
-            return copy(target, source, *args, **kwargs)
-
-        return copy_
-
-    def _filling(self, fill: Callable) -> Callable:
-        def fill_(target, *args, **kwargs):
-            self._note(target)
-            return fill(target, *args, **kwargs)
-
-        return fill_
-
-    def _setting(self, set_item: Callable) -> Callable:
-        def __setitem__(tensor, index, value):
-            source = value if isinstance(value, torch.Tensor) else None
-            part = tensor[index]
-            if part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-                self._note(part, source)
-            else:  # a copy: the index names single elements
-                self._note(tensor, number=part.numel())
-            return set_item(tensor, index, value)
-
-        return __setitem__
-
-    def _note(
-        self,
-        target: torch.Tensor,
-        source: torch.Tensor | None = None,
-        number: int | None = None,
-    ) -> None:
-        """Something, or a copy of `source`, is written to all of the target, or to this
-        number of its elements."""
-        if not target.numel():
-            return
-        address = target.data_ptr()
-        index = bisect_right(self.starts, address) - 1
-        if index < 0 or address >= self.spans[index][1]:
-            return
-        start, _, name = self.spans[index]
-        if source is not None:
-            self._check_dtype(name, target, source)
-        part = (address - start, tuple(target.shape), target.stride())
-        self.written[name][part] = target.numel() if number is None else number
-        self.is_taken = True
-        if source is not None and self.pending:
-            read = source.data_ptr()
-            for waiting, (first, last) in list(self.pending.items()):
-                if first <= read < last:
-                    del self.pending[waiting]
-
-    def _check_dtype(
-        self, name: str, target: torch.Tensor, source: torch.Tensor
-    ) -> None:
-        if target.dtype == source.dtype or "zero_point" in name:
-            return
-        if target.is_floating_point() and source.is_floating_point():
-            return
-        tensor = self.current[0] if self.current else "a tensor of the checkpoint"
-        remedy = (
-            "correct exclude in config.json, so that it names exactly the modules "
-            "that were not quantized, or export again"
-        )
-        raise misfit(tensor, f"{target.dtype} for {name}", str(source.dtype), remedy)
-
-    def watch(
-        self, weights: Weights
-    ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """Pass the weights on, with [N, 1] scales as [N], and see who takes them."""
-        for name, tensor in _looked_at(weights):
-            if name.endswith(COMPANIONS) and tensor.ndim > 1 and tensor.shape[-1] == 1:
-                tensor = tensor.squeeze(-1)
-            self.current, self.is_taken = (name, tensor), False
-            yield name, tensor
-            if not self.is_taken and tensor.numel():
-                address = tensor.data_ptr()
-                self.pending[name] = address, address + tensor.nbytes
-        self.current = None
-
-
-def checked(loader: "DefaultModelLoader", model: Any, model_config: ModelConfig) -> Any:
-    """The model, with a `load_weights` that checks what it loads where that is INT8.
-
-    It raises CheckpointError for a tensor that no parameter took, a parameter that no
-    tensor filled, and a tensor of another kind than its parameter; where a weight
-    loader fails, it names the tensor.
-    """
-    if model_config.quantization is None:
-        _refuse_int8_without_config(Path(model_config.model))
-    config = _quantization_config(model_config)
-    if not has_int8(config):
-        return model
-    folder = Path(model_config.model)
-    if not folder.is_dir():
-        name, revision = model_config.model, model_config.revision
-        folder = Path(loader._prepare_weights(name, None, revision, True, None)[0])
-        check_folder(folder, config, model_config.hf_config.to_dict())
-    tensors = read_checkpoint(folder)
-    check_shapes(model, tensors)
-    return _CheckedModel(model, model_config, tensors)
-
-
-def _refuse_int8_without_config(folder: Path) -> None:
-    """A checkpoint that lost its quantization_config would be read as floats."""
-    try:
-        tensors = read_checkpoint(folder)
-    except CheckpointError:
-        return  # not known to be INT8, so left to the loader
-    for tensor in int8_with_scales(tensors):
-        raise misfit(
-            f"{tensor.name} ({tensor})",
-            "a quantization_config in config.json, since it is stored as INT8",
-            "none",
-            "copy config.json from the export",
-        )
+    first = bad.nonzero()[0].tolist()
+    found = f"{tensor[tuple(first)].item()} at {first}, {int(bad.sum())} such"
+    return Problem("non-finite", name, "finite numbers", found, where=where)
 
 
 class _CheckedModel:
     """Everything of a model but `load_weights`."""
 
-    def __init__(
-        self, model: Any, model_config: ModelConfig, tensors: Mapping[str, TensorInfo]
-    ) -> None:
-        self._model, self._config, self._tensors = model, model_config, tensors
+    def __init__(self, model: Any, model_config: ModelConfig, checks: Checks) -> None:
+        self._model, self._config, self._checks = model, model_config, checks
+        export = checks.export
+        self._tensors = export.tensors if export is not None else {}
+        self._modules = dict(model.named_modules())
+        # Of tensors that hold numbers that are none, until something takes them.
+        self._suspects: dict[str, Problem] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def load_weights(self, weights: Weights) -> set[str] | None:
-        watch = _Watch(self._model)
+        checks = self._checks
+        if checks.export is not None:
+            for entry in checks.export.exclude_without_module():
+                checks.report(entry)
+        _check_shapes(self._model, checks)
+        _check_values(self._model, checks)
+        watch = self._watch = Watch(self._model, self._before_write)
         try:
             with watch.watching():
-                loaded = self._model.load_weights(watch.watch(weights))
+                loaded = self._model.load_weights(watch.watch(self._looked_at(weights)))
         except (
             AssertionError,
+            AttributeError,
             IndexError,
             KeyError,
             RuntimeError,
+            TypeError,
             ValueError,
         ) as error:
             known = isinstance(error, (CheckpointError, torch.OutOfMemoryError))
-            if watch.current is None or known:
+            if known:
                 raise
             raise self._failed(watch.current, error) from error
-        # Multi-token prediction is loaded from the model's own checkpoint.
-        if getattr(self._config, "runner", None) != "draft":
-            _check_taken(self._model, self._config, watch, self._tensors)
-        _check_filled(self._model, watch, loaded or set())
+        for name, problem in self._suspects.items():
+            if name in watch.taken:
+                checks.report(problem)
+        unfilled = self._unfilled(watch, loaded or set())
+        left = self._left_out(watch)
+        for problem in (*unfilled, *left):
+            checks.report(problem)
+        checks.log()
         return loaded
 
+    def _place(self, name: str) -> str:
+        return str(self._tensors[name]) if name in self._tensors else ""
+
+    def _looked_at(
+        self, weights: Weights
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """The weights, of which large ones are looked at while they are copied to a
+        GPU; [N, 1] scales as [N]."""
+        with ThreadPoolExecutor(1) as thread:
+            for name, tensor in weights:
+                if (
+                    name.endswith(COMPANIONS)
+                    and tensor.ndim > 1
+                    and tensor.shape[-1] == 1
+                ):
+                    tensor = tensor.squeeze(-1)
+                if tensor.dtype not in _CHECKED_FLOATS:
+                    yield name, tensor
+                elif tensor.nbytes < _LARGE_BYTES or current_platform.is_cpu():
+                    problem = _non_finite(name, tensor, self._place(name))
+                    yield name, tensor
+                    self._suspect(name, problem)
+                else:
+                    look = thread.submit(_non_finite, name, tensor, self._place(name))
+                    yield name, tensor
+                    self._suspect(name, look.result())
+
+    def _suspect(self, name: str, problem: Problem | None) -> None:
+        """Numbers that are none are wrong as soon as a parameter takes them."""
+        if problem is None:
+            return
+        if name in self._watch.taken:
+            self._checks.report(problem)
+        else:
+            self._suspects[name] = problem
+
+    def _before_write(self, write: Write) -> None:
+        """A tensor is of the kind of its parameter, and fills what it is written to."""
+        target, source = write.target, write.source
+        if "zero_point" in write.parameter:
+            return
+        name = write.tensor or "a tensor of the checkpoint"
+        if target.is_floating_point() != source.is_floating_point():
+            id, expected = self._other_kind(write)
+            found = str(source.dtype).removeprefix("torch.")
+            problem = Problem(id, name, expected, found, where=self._place(name))
+            self._checks.report(problem)
+        elif target.numel() != source.numel() and self._is_int8(write.parameter):
+            self._checks.report(
+                Problem(
+                    "weight-misshapen",
+                    name,
+                    f"{list(target.shape)} for a part of {write.parameter}",
+                    str(list(source.shape)),
+                    where=self._place(name),
+                )
+            )
+
+    def _is_int8(self, parameter: str) -> bool:
+        return _is_int8(self._modules[parameter.rpartition(".")[0]])
+
+    def _other_kind(self, write: Write) -> tuple[str, str]:
+        """Why a tensor is of another kind than its parameter, and what was expected."""
+        module = write.tensor.rpartition(".")[0]
+        export = self._checks.export
+        dtype = str(write.target.dtype).removeprefix("torch.")
+        expected = f"{dtype} for {write.parameter}"
+        if write.source.dtype == torch.int8 and export is not None:
+            if (entry := export.excluded_by(module)) is not None:
+                return "int8-excluded", f"{expected}, since exclude has {entry!r}"
+            if module in export.modules:
+                return "head-quantized", f"{expected}, which vLLM does not quantize"
+        return "tensor-of-other-kind", expected
+
     def _failed(
-        self, current: tuple[str, torch.Tensor], error: Exception
+        self, current: tuple[str, torch.Tensor] | None, error: Exception
     ) -> CheckpointError:
-        name, tensor = current
-        file = f" ({self._tensors[name].file.name})" if name in self._tensors else ""
         why = f"{type(error).__name__}: {error}".rstrip(": ")
-        return misfit(
-            f"{name}{file}",
-            f"a tensor that {type(self._model).__name__} can take",
-            f"{tensor.dtype} {list(tensor.shape)}: {why}",
-            f"{EXPORT_AGAIN}, or correct config.json",
+        # Some loaders list all names of the model.
+        why = why if len(why) <= 300 else f"{why[:300]}..."
+        if current is None:  # the loader had taken them all before it began
+            name, expected, found = self._checks.model, "tensors", why
+            where = ""
+        else:
+            name, tensor = current
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            found = f"{dtype} {list(tensor.shape)}, {why}"
+            expected = "a tensor"
+            where = self._tensors[name].file.name if name in self._tensors else ""
+        expected = f"{expected} that the loader of {type(self._model).__name__} takes"
+        problem = Problem("tensor-without-place", name, expected, found, where=where)
+        return problem.error
+
+    def _unfilled(self, watch: Watch, loaded: set[str]) -> list[Problem]:
+        """Parameters, or parts of them, that no tensor filled."""
+        found = []
+        for name, parameter in watch.parameters.items():
+            if _OPTIONAL.search(name):
+                continue
+            filled = watch.num_filled(name)
+            if filled >= parameter.numel():
+                continue
+            module = self._modules[name.rpartition(".")[0]]
+            whole = isinstance(module, LinearBase) or (
+                isinstance(module, FusedMoE) and _is_int8(module)
+            )
+            if not whole and (filled or name in loaded):
+                continue
+            share = f"{filled} of {parameter.numel()} numbers"
+            share += _first_gap(parameter, watch.written.get(name, ()))
+            found.append(
+                Problem(
+                    "scale-missing" if "scale" in name else "weight-missing",
+                    name,
+                    "tensors of the checkpoint that fill it",
+                    share if filled else "none",
+                    where=str(list(parameter.shape)),
+                )
+            )
+        return found
+
+    def _left_out(self, watch: Watch) -> list[Problem]:
+        """Tensors that nothing took: an error beside an INT8 weight that was loaded,
+        unless they are zeros or of no effect; else a warning."""
+        # Multi-token prediction is loaded from the model's own checkpoint.
+        if getattr(self._config, "runner", None) == "draft":
+            return []
+        loaded = {
+            name.rpartition(".")[0]
+            for name in watch.taken
+            if name in self._tensors and self._tensors[name].dtype == "I8"
+        }
+        shares_experts = any(
+            isinstance(module, FusedMoE)
+            and module.local_num_experts < module.global_num_experts
+            for module in self._modules.values()
         )
+        found = []
+        for name in watch.not_taken:
+            if is_pp_missing_parameter(name, self._model):
+                continue  # another pipeline rank's
+            if shares_experts and expert_of(name):
+                continue  # another expert-parallel rank's; what is here gets filled
+            tensor = self._tensors.get(name)
+            module, _, suffix = name.rpartition(".")
+            if module not in loaded or tensor is None or self._is_harmless(tensor):
+                problem = Problem("tensor-not-taken", name, "a parameter", "none")
+            else:
+                expected = f"a parameter of {type(self._model).__name__} that takes it"
+                found_there = "none: the layer would be computed without it"
+                id = (
+                    "rotation-not-applied"
+                    if "rotation" in suffix
+                    else ("tensor-left-out")
+                )
+                problem = of_tensor(id, tensor, expected, found_there)
+            found.append(problem)
+        return found
 
-
-def _quantization_config(model_config: ModelConfig) -> Config:
-    config = getattr(model_config.hf_config, "quantization_config", None)
-    text = getattr(model_config.hf_config, "text_config", None)
-    return config or getattr(text, "quantization_config", None) or {}
-
-
-def _check_taken(
-    model: nn.Module,
-    model_config: ModelConfig,
-    watch: _Watch,
-    tensors: Mapping[str, TensorInfo],
-) -> None:
-    config = model_config.hf_config.to_dict()
-    depth = first_value(config, "num_hidden_layers")
-    is_tied = bool(first_value(config, "tie_word_embeddings"))
-    shares_experts = any(
-        isinstance(module, FusedMoE)
-        and module.local_num_experts < module.global_num_experts
-        for module in model.modules()
-    )
-    for name in watch.pending:
-        index = layer_index(name)
-        if name.endswith(_COMPUTED) or (is_tied and name.startswith("lm_head.")):
-            continue
-        if index is not None and depth is not None and index >= depth:
-            continue  # multi-token prediction
-        if is_pp_missing_parameter(name, model):
-            continue  # another pipeline rank's
-        if shares_experts and expert_of(name):
-            continue  # another expert-parallel rank's; what is here gets filled
-        if index is None and not name.endswith(COMPANIONS):
-            continue  # outside the decoder, such as a vision tower that is not used
-        where = f" ({tensors[name]})" if name in tensors else ""
-        raise misfit(
-            f"{name}{where}",
-            f"a parameter of {type(model).__name__} that takes it",
-            "none: it would be left out",
-            "correct the tensor's name or config.json, or export again",
-        )
-
-
-def _check_filled(model: nn.Module, watch: _Watch, loaded: set[str]) -> None:
-    modules = dict(model.named_modules())
-    for name, parameter in watch.parameters.items():
-        if _OPTIONAL.search(name):
-            continue
-        filled = sum(watch.written[name].values()) if name in watch.written else 0
-        if filled >= parameter.numel():
-            continue
-        module = modules[name.rpartition(".")[0]]
-        whole = isinstance(module, LinearBase) or (
-            isinstance(module, FusedMoE) and _is_int8(module)
-        )
-        if not whole and (filled or name in loaded):
-            continue
-        share = f"{filled} of {parameter.numel()} numbers"
-        raise misfit(
-            f"{name} {list(parameter.shape)}",
-            "tensors of the checkpoint that fill it",
-            "none"
-            if not filled
-            else share + _first_gap(parameter, watch.written[name]),
-            f"{EXPORT_AGAIN}, with all tensors that config.json speaks of",
-        )
+    def _is_harmless(self, tensor: TensorInfo) -> bool:
+        """Whether a layer computes the same without this tensor: one that holds zeros,
+        a scale of the key/value cache, a scale of activations that are dynamic."""
+        suffix = tensor.name.rpartition(".")[2]
+        if _CACHE_SCALE.search(suffix) or suffix == INPUT_SCALE:
+            return True
+        with safe_open(tensor.file, framework="pt") as stream:
+            return not stream.get_tensor(tensor.name).count_nonzero()
 
 
 def _first_gap(parameter: nn.Parameter, parts: Iterable[tuple]) -> str:

@@ -10,44 +10,63 @@ Needs Python alone, so that a checkpoint can be judged without vLLM.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
-from functools import cache
+from functools import cache, partial
 from typing import Any
+
+try:
+    # vLLM has it, and its matching can be given a limit of time.
+    import regex
+except ImportError:
+    regex = None
 
 Config = Mapping[str, Any]
 
 _GLOB_CHARACTERS = frozenset("*?[")
+# Microseconds is what a sane expression takes with a name.
+MATCH_SECONDS = 1.0
 # One expert's projections, by the names that checkpoints give them.
 EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 @cache
-def _pattern(entry: str) -> re.Pattern[str] | None:
-    """The entry as a pattern; None for a full name."""
+def _pattern(entry: str) -> Callable[[str], object] | None:
+    """What says whether an entry matches a name; None for a full name."""
     if not entry.startswith("re:"):
         is_name = _GLOB_CHARACTERS.isdisjoint(entry)
-        return None if is_name else re.compile(translate(entry))
+        return None if is_name else re.compile(translate(entry)).match
+    expression = entry.removeprefix("re:")
     try:
-        return re.compile(entry.removeprefix("re:"))
-    except (re.error, OverflowError, RecursionError) as error:
+        if regex is None:
+            return re.compile(expression).match
+        return partial(regex.compile(expression).match, timeout=MATCH_SECONDS)
+    except Exception as error:  # each has errors of its own, OverflowError too
         raise ValueError(
-            f"the entry {entry!r} of the quantization config is no regular expression "
-            f"({error}); expected a full name, a glob or re:<expression>; correct it "
-            "in config.json"
+            f"the entry {entry!r:.200} of the quantization config is no regular "
+            f"expression ({error}); expected a full name, a glob or re:<expression>; "
+            "correct it in config.json"
         ) from None
 
 
 def matches(name: str, entry: str) -> bool:
     """Whether an entry of `exclude` or `layer_quant_config` names this module.
 
-    Raises ValueError for a regular expression that cannot be compiled.
+    Raises ValueError for a regular expression that cannot be compiled, or that takes
+    more than MATCH_SECONDS with one name.
     """
     if name == entry:
         return True
     pattern = _pattern(entry)
-    return pattern is not None and pattern.match(name) is not None
+    try:
+        return pattern is not None and pattern(name) is not None
+    except TimeoutError:
+        raise ValueError(
+            f"the entry {entry!r:.200} of the quantization config takes over "
+            f"{MATCH_SECONDS:g} s to match with {name!r}; expected a regular "
+            "expression that ends; correct it in config.json"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -202,3 +221,41 @@ def has_int8(config: Config) -> bool:
         if isinstance(overrides, Mapping):
             layers.extend(overrides.values())
     return any(isinstance(layer, Mapping) and is_int8(layer) for layer in layers)
+
+
+def part_of(layer: Config, kind: str) -> Config:
+    """What a layer's config says of `weight` or `input_tensors`; empty for nothing,
+    and for the lists that other formats have there."""
+    found = layer.get(kind)
+    return found if isinstance(found, dict) else {}
+
+
+def is_static(layer: Config) -> bool:
+    """Whether a layer's config has activations of a scale that the export holds."""
+    return not part_of(layer, "input_tensors").get("is_dynamic")
+
+
+def scheme_problem(layer: Config) -> tuple[str, str] | None:
+    """What an INT8 config should say and what it says, where vLLM has no kernel."""
+    weight, inputs = part_of(layer, "weight"), part_of(layer, "input_tensors")
+    if weight.get("qscheme") not in ("per_tensor", "per_channel") or weight.get(
+        "is_dynamic"
+    ):
+        return "weights per_tensor or per_channel", str(weight.get("qscheme"))
+    if weight.get("symmetric") is not True:
+        return "symmetric weights", "asymmetric ones, whose zero points kernels ignore"
+    if weight["qscheme"] == "per_channel" and weight.get("ch_axis") != 0:
+        return "per-channel weights with ch_axis 0", f"ch_axis {weight.get('ch_axis')}"
+    if inputs.get("dtype") != "int8":
+        return "int8 activations", str(inputs.get("dtype"))
+    per_token = (
+        inputs.get("qscheme") == "per_channel" and inputs.get("is_dynamic") is True
+    )
+    per_tensor = inputs.get("qscheme") == "per_tensor" and not inputs.get("is_dynamic")
+    if not per_token and not per_tensor:
+        kind = "dynamic" if inputs.get("is_dynamic") else "static"
+        expected = "activations per token and dynamic, or per tensor and static"
+        return expected, f"{inputs.get('qscheme')}, {kind}"
+    if layer.get("output_tensors") or layer.get("bias"):
+        return "no quantized outputs or biases", "such"
+    return None

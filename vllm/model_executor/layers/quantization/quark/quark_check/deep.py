@@ -24,16 +24,20 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
     misfit,
     read_checkpoint,
 )
-from vllm.model_executor.layers.quantization.quark.layout import (
-    EXPORT_AGAIN,
+from vllm.model_executor.layers.quantization.quark.export import (
     INPUT_SCALE,
-    MAX_EXPERTS,
     SCALE,
     WEIGHT,
-    Layout,
     Module,
     expert_of,
+)
+from vllm.model_executor.layers.quantization.quark.layout import (
+    MAX_EXPERTS,
+    Layout,
     layer_index,
+)
+from vllm.model_executor.layers.quantization.quark.problems import (
+    EXPORT_AGAIN,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check import stored
 from vllm.model_executor.layers.quantization.quark.quark_check.findings import (

@@ -9,20 +9,22 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from vllm.model_executor.layers.quantization.quark.layout import (
+from vllm.model_executor.layers.quantization.quark.export import (
     COMPANIONS,
-    EXPORT_AGAIN,
-    FUSED,
     INPUT_ZERO_POINT,
     SCALE,
     WEIGHT,
     ZERO_POINT,
-    Layout,
     Module,
     int8_with_scales,
-    is_static,
+)
+from vllm.model_executor.layers.quantization.quark.layout import (
+    FUSED,
+    Layout,
     layer_index,
-    part_of,
+)
+from vllm.model_executor.layers.quantization.quark.problems import (
+    EXPORT_AGAIN,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
     Finding,
@@ -51,8 +53,10 @@ from vllm.model_executor.layers.quantization.quark.rules import (
     Entries,
     find_override,
     is_int8,
+    is_static,
     matches,
     mixed_shards,
+    part_of,
 )
 
 # Name, tensors, config.

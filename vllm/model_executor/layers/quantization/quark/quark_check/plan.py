@@ -19,23 +19,28 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
     read_checkpoint,
     read_json,
 )
-from vllm.model_executor.layers.quantization.quark.layout import (
+from vllm.model_executor.layers.quantization.quark.export import (
     INPUT_SCALE,
     INPUT_ZERO_POINT,
     SCALE,
     WEIGHT,
     ZERO_POINT,
-    Layout,
     Module,
     check_config,
     expert_of,
-    first_value,
-    is_static,
-    layer_index,
     modules_of,
+)
+from vllm.model_executor.layers.quantization.quark.layout import (
+    Layout,
+    first_value,
+    layer_index,
+)
+from vllm.model_executor.layers.quantization.quark.rules import (
+    Config,
+    has_int8,
+    is_static,
     part_of,
 )
-from vllm.model_executor.layers.quantization.quark.rules import Config, has_int8
 
 CONFIG = "config.json"
 # The numbers of a layer and of an expert in a module's name.

@@ -24,19 +24,23 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
     read_checkpoint,
     read_json,
 )
-from vllm.model_executor.layers.quantization.quark.layout import (
+from vllm.model_executor.layers.quantization.quark.export import (
     COMPANIONS,
-    EXPORT_AGAIN,
     INPUT_SCALE,
     INPUT_ZERO_POINT,
-    MAX_EXPERTS,
     SCALE,
     SCALES,
     WEIGHT,
-    Layout,
     check_config,
     expert_of,
+)
+from vllm.model_executor.layers.quantization.quark.layout import (
+    MAX_EXPERTS,
+    Layout,
     fused_names,
+)
+from vllm.model_executor.layers.quantization.quark.problems import (
+    EXPORT_AGAIN,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check import stored
 from vllm.model_executor.layers.quantization.quark.quark_check.plan import (

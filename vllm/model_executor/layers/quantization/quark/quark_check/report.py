@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from vllm.model_executor.layers.quantization.quark.layout import part_of
 from vllm.model_executor.layers.quantization.quark.quark_check.findings import Finding
 from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
     Checkpoint,
@@ -27,6 +26,9 @@ from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
     without,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.verdicts import Judgement
+from vllm.model_executor.layers.quantization.quark.rules import (
+    part_of,
+)
 
 # Of the JSON. It grows when a key changes its meaning or goes, not when one is added.
 VERSION = 1

@@ -27,7 +27,7 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
     misfit,
     read_checkpoint,
 )
-from vllm.model_executor.layers.quantization.quark.layout import (
+from vllm.model_executor.layers.quantization.quark.export import (
     COMPANIONS,
     SCALE,
     WEIGHT,

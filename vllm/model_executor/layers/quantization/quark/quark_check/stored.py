@@ -11,7 +11,7 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
     TensorInfo,
     misfit,
 )
-from vllm.model_executor.layers.quantization.quark.layout import (
+from vllm.model_executor.layers.quantization.quark.export import (
     WEIGHT,
     Module,
     expert_of,

@@ -1,0 +1,503 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the files of a Quark INT8 export hold for each layer that a model is built of.
+
+A model that is being built asks for the quantization of its layers one by one, by
+vLLM's names. Here each is answered from the tensors that the layer will take: stored as
+floats without a scale, it is a float layer, whatever `exclude` says; stored as INT8, it
+is what the config says of these very tensors. Names are never taken for what they
+sound like. Needs Python alone.
+"""
+
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Protocol
+
+from vllm.model_executor.layers.quantization.quark.checkpoint import TensorInfo
+from vllm.model_executor.layers.quantization.quark.problems import (
+    Problem,
+    of_tensor,
+)
+from vllm.model_executor.layers.quantization.quark.rules import (
+    Config,
+    Entries,
+    find_override,
+    has_int8,
+    is_int8,
+    is_static,
+    matches,
+    part_of,
+    scheme_problem,
+)
+
+# Suffix of a tensor -> the tensor, for one module.
+Module = dict[str, TensorInfo]
+
+WEIGHT, SCALE, ZERO_POINT = "weight", "weight_scale", "weight_zero_point"
+INPUT_SCALE, INPUT_ZERO_POINT = "input_scale", "input_zero_point"
+# What is stored beside an INT8 weight, and read or ignored together with it.
+COMPANIONS = (SCALE, ZERO_POINT, INPUT_SCALE, INPUT_ZERO_POINT)
+SCALES = (SCALE, INPUT_SCALE)
+
+FLOATS = ("F16", "BF16", "F32")
+INTEGERS = ("I8", "U8", "I16", "I32", "I64")
+_EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d{1,9})\.")
+# What models without a packed_modules_mapping fuse, by vLLM's usual names. Asked only
+# where the files hold these parts and nothing under the fused name.
+USUAL_SHARDS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def modules_of(tensors: Iterable[TensorInfo]) -> dict[str, Module]:
+    """The tensors by module: `model.layers.0.mlp.down_proj` -> suffix -> tensor."""
+    modules: dict[str, Module] = defaultdict(dict)
+    for tensor in tensors:
+        module, _, suffix = tensor.name.rpartition(".")
+        modules[module][suffix] = tensor
+    return dict(modules)
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """(`model.layers.3.moe.experts`, 7) for a name below that expert, else None."""
+    found = _EXPERT.match(name)
+    return (found["prefix"], int(found["expert"])) if found else None
+
+
+def int8_with_scales(tensors: Mapping[str, TensorInfo]) -> Iterator[TensorInfo]:
+    """INT8 weights that have a scale beside them, whatever the config says."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == "I8" and f"{name}_scale" in tensors:
+            yield tensor
+
+
+def _online_rotation(config: Config) -> str | None:
+    """The online rotation that a config's algo_config has, if any: r3, r4 and an online
+    r1 turn activations while the model runs; r1 and r2 alone are in the weights."""
+    algorithms = config.get("algo_config")
+    for each in algorithms if isinstance(algorithms, list) else [algorithms]:
+        if isinstance(each, Mapping) and each.get("name") in ("rotation", "quarot"):
+            for key in ("online_r1_rotation", "r3", "r4"):
+                if each.get(key):
+                    return key
+    return None
+
+
+def _is_objects(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(each, dict) for each in value.values()
+    )
+
+
+def check_config(config: Config) -> None:
+    """Raise CheckpointError for a quantization_config of INT8 that cannot be read."""
+    for problem in config_problems(config):
+        if problem.id == "config-unreadable":
+            raise problem.error
+
+
+def config_problems(config: Config) -> Iterator[Problem]:
+    """What is wrong with a quantization_config as a whole."""
+    scheme = config.get("global_quant_config")
+    kinds = ("weight", "input_tensors")
+    is_scheme = isinstance(scheme, dict) and all(
+        # FP8 with INT4 has a list of two.
+        isinstance(scheme.get(kind) or {}, (dict, list))
+        for kind in kinds
+    )
+    if is_scheme and not has_int8(config):
+        return
+    export = config.get("export")
+    is_export = isinstance(export, dict) and (
+        _is_names(export.get("kv_cache_group") or [])
+    )
+    overrides = ("layer_quant_config", "layer_type_quant_config")
+    wrong = {
+        "global_quant_config": not is_scheme,
+        "export": not is_export,
+        "exclude": not _is_names(config.get("exclude")),
+        **{key: not _is_objects(config.get(key) or {}) for key in overrides},
+    }
+    for key, is_wrong in wrong.items():
+        if is_wrong:
+            expected = "a list of names" if key == "exclude" else "an object"
+            if key in overrides:
+                expected = "an object of objects"
+            if key == "export" and isinstance(export, dict):
+                key, expected = "export.kv_cache_group", "a list of names or null"
+                found: object = export.get("kv_cache_group")
+            else:
+                found = config.get(key, "nothing")
+            yield Problem(
+                "config-unreadable",
+                f"config.json, quantization_config, {key}",
+                expected,
+                f"{found!r:.100}",
+            )
+            return
+    if rotation := _online_rotation(config):
+        yield Problem(
+            "rotation-not-applied",
+            "config.json, quantization_config, algo_config",
+            "no rotation that is applied while the model runs",
+            f"{rotation} true",
+        )
+    if isinstance(export, dict) and export.get("weight_format") == "fake_quantized":
+        yield Problem(
+            "fake-quantized",
+            "config.json, quantization_config, export.weight_format",
+            "real_quantized",
+            "'fake_quantized'",
+        )
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+class Mapper(Protocol):
+    """vLLM's WeightsMapper: names in the checkpoint -> vLLM's names."""
+
+    def apply_list(self, values: list[str]) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One weight of the checkpoint: module, tensor, and what lies beside it by suffix:
+    `weight_scale` and so on."""
+
+    module: str
+    weight: TensorInfo
+    companions: Mapping[str, TensorInfo]
+
+    @property
+    def is_float(self) -> bool:
+        return self.weight.dtype in FLOATS
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer of vLLM takes, and how: `config` is None for a float layer."""
+
+    weights: Sequence[Stored]
+    config: Config | None
+
+
+class Export:
+    """The tensors of an export beside its quantization_config.
+
+    tensors: name -> TensorInfo; config: as it is in config.json, before vLLM renames
+    what it names.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], config: Config) -> None:
+        self.tensors, self.config = tensors, config
+        self.modules = modules_of(tensors.values())
+        self._exclude = Entries.of(config.get("exclude"))
+        self._overrides = Entries.of(config.get("layer_quant_config"))
+        # vLLM's name of a module -> its name in the checkpoint.
+        self._names = {name: name for name in self.modules}
+        self._layers: dict[str, Layer | None] = {}
+        self.problems: list[Problem] = []
+
+    def rename(self, mapper: Mapper) -> None:
+        """Follow a model that renames the modules of its checkpoint."""
+        renamed: dict[str, str] = {}
+        for name, stored in self._names.items():
+            for new in mapper.apply_list([f"{name}.{WEIGHT}"]):
+                renamed[new.rpartition(".")[0]] = stored
+        self._names = renamed
+        self.__dict__.pop("_sorted", None)
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self._names)
+
+    def _below(self, prefix: str) -> list[str]:
+        """vLLM's names of the modules below a prefix, itself included."""
+        first = bisect_left(self._sorted, prefix)
+        found = []
+        for name in self._sorted[first:]:
+            if not name.startswith(prefix):
+                break
+            if name == prefix or name[len(prefix)] == ".":
+                found.append(name)
+        return found
+
+    def _weights(self, name: str, rank: int) -> list[Stored]:
+        """The weights of one module of the checkpoint: tensors of that rank or more
+        that are no scales, zero points or biases."""
+        module = self.modules[name]
+        found = []
+        for suffix, tensor in module.items():
+            if len(tensor.shape) < rank or suffix.endswith(("bias", *COMPANIONS)):
+                continue
+            if "_scale" in suffix or "zero_point" in suffix:
+                continue
+            stem = "" if suffix == WEIGHT else f"{suffix}_"
+            beside = {
+                each: module[f"{stem}{each}"]
+                for each in COMPANIONS
+                if f"{stem}{each}" in module
+            }
+            found.append(Stored(name, tensor, beside))
+        return found
+
+    def shards(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
+        """Names in the checkpoint of the modules that a linear layer is made of, by
+        vLLM's name for it. Empty where the files hold none of that name."""
+        parent, _, last = prefix.rpartition(".")
+        if last in packed:
+            parts: Sequence[str] = packed[last]
+        elif prefix in self._names or last not in USUAL_SHARDS:
+            parts = (last,)
+        else:
+            parts = USUAL_SHARDS[last]
+        names = (f"{parent}.{part}" if parent else part for part in parts)
+        found = [self._names[name] for name in names if name in self._names]
+        if not found and prefix in self._names:  # stored as one, fused
+            return [self._names[prefix]]
+        return found
+
+    def linear(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> Layer | None:
+        """What a linear layer takes; None where the files hold nothing for it."""
+        if prefix not in self._layers:
+            weights = [
+                stored
+                for name in self.shards(prefix, packed)
+                for stored in self._weights(name, 2)
+            ]
+            self._layers[prefix] = self._judged(prefix, weights, "shards-differ")
+        return self._layers[prefix]
+
+    def experts(self, prefix: str) -> Layer | None:
+        """What a layer of fused experts takes; None where the files hold nothing."""
+        if prefix not in self._layers:
+            names = [self._names[name] for name in self._below(prefix)]
+            weights = [each for name in names for each in self._weights(name, 2)]
+            if not weights:  # stacked beside: `moe.gate_proj` for `moe.experts`
+                parent = prefix.rpartition(".")[0]
+                beside = (self._names[name] for name in self._below(parent))
+                weights = [
+                    each
+                    for name in beside
+                    if name.rpartition(".")[0] == parent
+                    for each in self._weights(name, 3)
+                ]
+            self._layers[prefix] = self._judged(prefix, weights, "experts-differ")
+        return self._layers[prefix]
+
+    def asked(self, prefix: str) -> Layer | None:
+        """What was answered for a layer of that name; None where nothing was."""
+        return self._layers.get(prefix)
+
+    def exclude_without_module(self) -> Iterator[Problem]:
+        """The entries of exclude that name nothing in the checkpoint."""
+        names = set(self.modules)
+        # Stacked experts, and what vLLM fuses, have further names.
+        stacked = {
+            name.rpartition(".")[0]
+            for name, module in self.modules.items()
+            if WEIGHT in module and len(module[WEIGHT].shape) == 3
+        }
+        for entry in self.config["exclude"]:
+            if entry in names or any(matches(name, entry) for name in names):
+                continue
+            expert = expert_of(f"{entry}.")
+            if expert and expert[0].rpartition(".")[0] in stacked:
+                continue
+            parent, _, last = entry.rpartition(".")
+            if any(f"{parent}.{part}" in names for part in USUAL_SHARDS.get(last, ())):
+                continue
+            if last == "experts" and (parent in stacked or f"{entry}.0" in self._tops):
+                continue
+            expected = "every entry to name a module of the checkpoint"
+            name = f"exclude of config.json: {entry}"
+            yield Problem("exclude-names-nothing", name, expected, "none of that name")
+
+    @cached_property
+    def _tops(self) -> set[str]:
+        """`<prefix>.0` for experts that are stored one by one."""
+        found = map(expert_of, self.modules)
+        return {f"{expert[0]}.{expert[1]}" for expert in found if expert}
+
+    def _judged(
+        self, prefix: str, weights: Sequence[Stored], differ: str
+    ) -> Layer | None:
+        """The layer of these weights, with its problems noted."""
+        if not weights:
+            return None
+        first = weights[0]
+        if odd := next((w for w in weights if w.is_float != first.is_float), None):
+            expected = "all that vLLM fuses there to be stored alike"
+            found = f"{_shown(first)} and {_shown(odd)}"
+            self._note(Problem(differ, prefix, expected, found))
+        configs = [self.config_of(stored.module) for stored in weights]
+        if first.is_float:
+            self._judge_floats(weights, configs)
+            return Layer(weights, None)
+        for stored, config in zip(weights, configs, strict=True):
+            if config != configs[0]:
+                expected = "one scheme for all that vLLM fuses there"
+                rules = (
+                    f"{self._rule(s.module)} for {s.module}" for s in (first, stored)
+                )
+                self._note(Problem(differ, prefix, expected, " and ".join(rules)))
+                break
+        config = configs[0]
+        if first.weight.dtype == "I8":
+            self._judge_int8(weights, config)
+        return Layer(weights, config)
+
+    def _note(self, problem: Problem) -> None:
+        self.problems.append(problem)
+
+    def config_of(self, module: str) -> Config | None:
+        """What the config says of a module by its name in the checkpoint; None where
+        it leaves the module as floats."""
+        if self.excluded_by(module) is not None:
+            return None
+        found = find_override(module, self.config, self._overrides)
+        found = self.config["global_quant_config"] if found is None else found
+        return found if (found or {}).get("weight") else None
+
+    def excluded_by(self, module: str) -> str | None:
+        """The entry of exclude that names a module of the checkpoint, if any."""
+        return self._exclude.match(module)
+
+    def _rule(self, module: str) -> str:
+        """The part of the config that decides about a module."""
+        if (entry := self.excluded_by(module)) is not None:
+            return f"exclude {entry!r}"
+        if (entry := self._overrides.match(module)) is not None:
+            return f"layer_quant_config {entry!r}"
+        return "global_quant_config"
+
+    def _judge_floats(
+        self, weights: Sequence[Stored], configs: Sequence[Config | None]
+    ) -> None:
+        for stored, config in zip(weights, configs, strict=True):
+            if SCALE in stored.companions:
+                expected = f"I8, since {stored.companions[SCALE].name} lies beside it"
+                weight = stored.weight
+                self._note(of_tensor("fake-quantized", weight, expected, weight.dtype))
+                return
+            if is_int8(config):
+                expected = "exclude to name it, since it is stored as floats"
+                found = str(stored.weight)
+                problem = Problem("float-not-excluded", stored.module, expected, found)
+                self._note(problem)
+
+    def _judge_int8(self, weights: Sequence[Stored], config: Config | None) -> None:
+        """Note the first problem of a layer's INT8 weights beside their config."""
+        first = weights[0]
+        weight = first.weight
+        if config is None and (entry := self.excluded_by(first.module)) is not None:
+            expected = f"a float weight, since exclude has {entry!r}"
+            self._note(of_tensor("int8-excluded", weight, expected, "I8"))
+        elif config is None or not is_int8(config):
+            dtype = part_of(config or {}, "weight").get("dtype")
+            rule = self._rule(first.module)
+            expected = f"{dtype or 'floats'}, as {rule} of config.json has it"
+            self._note(of_tensor("int8-unasked", weight, expected, "I8"))
+        elif problem := scheme_problem(config):
+            self._note(of_tensor("scheme-without-kernel", weight, *problem))
+        else:
+            for stored in weights:
+                if found := stored_problem(stored, config):
+                    self._note(self._foreign(stored) or found)
+                    return
+
+    def _foreign(self, stored: Stored) -> Problem | None:
+        """A scale of this weight under a name that vLLM does not read."""
+        if SCALE in stored.companions:
+            return None
+        for name in self._below_stored(f"{stored.module}."):
+            if "scale" in name.removeprefix(f"{stored.module}."):
+                expected = f"{stored.module}.{SCALE}, as amd-quark writes it"
+                found = "a scale under the name of another exporter"
+                tensor = self.tensors[name]
+                return of_tensor("foreign-names", tensor, expected, found)
+        return None
+
+    def _below_stored(self, prefix: str) -> list[str]:
+        names = self._tensor_names
+        first = bisect_left(names, prefix)
+        return [
+            name
+            for name in names[first : first + len(COMPANIONS) + 4]
+            if name.startswith(prefix)
+        ]
+
+    @cached_property
+    def _tensor_names(self) -> list[str]:
+        return sorted(self.tensors)
+
+
+def _shown(stored: Stored) -> str:
+    return f"{stored.weight.name} as {stored.weight.dtype}"
+
+
+def stored_problem(stored: Stored, config: Config) -> Problem | None:
+    """What does not fit of an INT8 weight and the tensors beside it."""
+    weight = stored.weight
+    rank = 3 if expert_of(stored.module + ".") is None else 2
+    if not 2 <= len(weight.shape) <= rank:
+        expected, found = "[N, K], or [E, N, K] for experts", str(list(weight.shape))
+        return of_tensor("weight-misshapen", weight, expected, found)
+    experts = weight.shape[:-2]
+    per_channel = config["weight"]["qscheme"] == "per_channel"
+    channels = weight.shape[:-1] if per_channel else experts
+    static = is_static(config)
+    for suffix, dtypes, shape, required in (
+        (SCALE, FLOATS, channels, True),
+        (ZERO_POINT, INTEGERS, channels, False),
+        (INPUT_SCALE, FLOATS, experts, static),
+        (INPUT_ZERO_POINT, INTEGERS, experts, False),
+    ):
+        tensor = stored.companions.get(suffix)
+        if problem := companion_problem(
+            weight, suffix, tensor, dtypes, shape, required
+        ):
+            return problem
+    return None
+
+
+def must_be_zero(suffix: str, is_experts: bool, config: Config) -> bool:
+    """Whether this is a zero point that kernels ignore: of linear layers they read
+    that of static activations."""
+    if suffix != INPUT_ZERO_POINT or is_experts:
+        return suffix in (ZERO_POINT, INPUT_ZERO_POINT)
+    return part_of(config, "input_tensors").get("symmetric") is not False
+
+
+def companion_problem(
+    weight: TensorInfo,
+    suffix: str,
+    tensor: TensorInfo | None,
+    dtypes: tuple[str, ...],
+    shape: tuple[int, ...],
+    required: bool,
+) -> Problem | None:
+    """Of a scale or zero point: it has `shape`, or that with a last dimension of 1."""
+    if tensor is None:
+        if not required:
+            return None
+        stem = weight.name.removesuffix(WEIGHT)
+        expected = f"{stem}{suffix} {list(shape)} beside it"
+        return of_tensor("scale-missing", weight, expected, "no such tensor")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(dtypes)
+        return of_tensor("scale-of-other-dtype", tensor, expected, tensor.dtype)
+    if tensor.shape not in (shape, (*shape, 1)) and not (
+        prod(shape) == 1 and tensor.shape in ((), (1,))
+    ):
+        expected = f"{list(shape)} or {[*shape, 1]} for {weight}"
+        found = str(list(tensor.shape))
+        return of_tensor("scale-misshapen", tensor, expected, found)
+    return None
