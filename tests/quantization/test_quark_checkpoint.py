@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damaged safetensors files and indices end in one error that names the file."""
 
+import codecs
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.quantization.quark.checkpoint import (
     INDEX,
     CheckpointError,
     LocalFiles,
+    check_config_file,
     read_checkpoint,
+    read_json,
 )
 
 NAMES = ["a.weight", "b.weight", "c.weight"]
@@ -60,6 +63,7 @@ def test_files_without_an_index(folder):
 
 Damage = Callable[[Path], None]
 FIRST = "model-00001-of-00002.safetensors"
+LAST = "model-00002-of-00002.safetensors"
 
 
 def edit_header(edit: Callable[[dict[str, Any]], None]) -> Damage:
@@ -184,11 +188,42 @@ def test_missing_shard_without_an_index(folder):
         read_checkpoint(folder)
 
 
-def test_tensor_in_two_files(folder):
-    (folder / INDEX).unlink()
-    save_file({"a.weight": torch.ones(1)}, folder / "other.safetensors")
-    with pytest.raises(CheckpointError, match="'a.weight' once"):
+@pytest.mark.parametrize("has_index", [True, False])
+@pytest.mark.parametrize("is_same", [True, False])
+def test_tensor_in_two_files(is_same, has_index, folder):
+    """With the same bytes, it does not matter which file is read."""
+    again = load_file(folder / FIRST)["a.weight"]
+    held = load_file(folder / LAST) | {"a.weight": again if is_same else again + 1}
+    save_file(held, folder / LAST)
+    if not has_index:
+        (folder / INDEX).unlink()
+    if is_same:
+        assert sorted(found := read_checkpoint(folder)) == [*NAMES, "d"]
+        assert not has_index or found["a.weight"].file.name == FIRST
+        return
+    with pytest.raises(CheckpointError, match=f"'a.weight' the same in {FIRST} and"):
         read_checkpoint(folder)
+
+
+def test_byte_order_mark_is_named(folder):
+    config = folder / "config.json"
+    config.write_bytes(codecs.BOM_UTF8 + b"{}")
+    with pytest.raises(CheckpointError, match=r"config\.json: .* byte order mark"):
+        read_json(config, "the config")
+    with pytest.raises(CheckpointError, match=r"config\.json: .* byte order mark"):
+        check_config_file(str(folder))
+    config.write_bytes(b"{}")
+    check_config_file(str(folder))
+    check_config_file("someone/model")
+
+
+def test_key_twice(folder):
+    """As transformers reads config.json, the last one counts; nowhere else."""
+    file = folder / "config.json"
+    file.write_text('{"a": 1, "a": 2}')
+    assert read_json(file, "the config", unique=False) == {"a": 2}
+    with pytest.raises(CheckpointError, match="'a' twice"):
+        read_json(file, "the config")
 
 
 def test_unreadable_file(folder, monkeypatch):

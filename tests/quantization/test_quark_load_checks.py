@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM would read wrong of a Quark INT8 export is refused; the rest loads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from vllm import platforms
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.quantization.quark import load_checks
 from vllm.model_executor.layers.quantization.quark.checkpoint import CheckpointError
+from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
+from vllm.model_executor.layers.quantization.quark.watch import Watch
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 
@@ -50,6 +53,65 @@ def quantize(export: Export, module: str) -> None:
     scale = weight.abs().amax(-1) / 127
     export.tensors[f"{module}.weight"] = (weight / scale[:, None]).round().char()
     export.tensors[f"{module}.weight_scale"] = scale
+
+
+def set_value(name: str, value: float) -> Edit:
+    def edit(export: Export) -> None:
+        export.tensors[name].view(-1)[3] = value
+
+    return edit
+
+
+def drop(*names: str) -> Edit:
+    def edit(export: Export) -> None:
+        for name in names:
+            del export.tensors[name]
+
+    return edit
+
+
+def put(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
+    def edit(export: Export) -> None:
+        export.tensors[name] = make(export.tensors[name]).contiguous()
+
+    return edit
+
+
+def add(name: str, tensor: torch.Tensor) -> Edit:
+    return lambda export: export.tensors.update({name: tensor})
+
+
+def exclude(*entries: str) -> Edit:
+    return lambda export: export.quark["exclude"].extend(entries)
+
+
+def include(*parts: str) -> Edit:
+    def edit(export: Export) -> None:
+        entries = export.quark["exclude"]
+        export.quark["exclude"] = [
+            entry for entry in entries if not any(part in entry for part in parts)
+        ]
+
+    return edit
+
+
+def both(*edits: Edit) -> Edit:
+    def edit_all(export: Export) -> None:
+        for edit in edits:
+            edit(export)
+
+    return edit_all
+
+
+def set_config(path: str, value: object) -> Edit:
+    def edit(export: Export) -> None:
+        *parents, last = path.split("/")
+        config = export.quark
+        for parent in parents:
+            config = config[parent]
+        config[last] = value
+
+    return edit
 
 
 # --- what loads ---------------------------------------------------------------------
@@ -153,66 +215,148 @@ def test_layer_type_is_that_of_every_linear_layer(write):
     assert isinstance(methods[f"{ATTENTION}.qkv_proj"], QuarkW8A8Int8)
 
 
+# --- what loads, with a warning -----------------------------------------------------
+
+
+def with_a_dead_channel(export: Export) -> None:
+    """A channel of the experts that is all zeros, as its scale is."""
+    export.tensors[f"{MOE}.up_proj.weight"][3, 5] = 0
+    export.tensors[f"{MOE}.up_proj.weight_scale"][3, 5] = 0
+
+
+# Name -> what is done to an export, the kind of warning, what it says.
+ODD: dict[str, tuple[str, Edit, str, str]] = {
+    "entry that names nothing": (
+        STACKED,
+        exclude("model.layers.2.shared_expert.up_proj"),
+        "exclude-names-nothing",
+        "model.layers.2.shared_expert.up_proj",
+    ),
+    "glob that matches nothing": (
+        STACKED,
+        exclude("*vision_tower*"),
+        "exclude-names-nothing",
+        "*vision_tower*",
+    ),
+    "parent of a module": (
+        STACKED,
+        exclude("model.layers.0.mlp"),
+        "exclude-names-nothing",
+        "model.layers.0.mlp",
+    ),
+    "float that exclude does not name": (
+        STACKED,
+        include(f"{SHARED}.down_proj"),
+        "float-not-excluded",
+        f"{SHARED}.down_proj",
+    ),
+    "float head gate that exclude does not name": (
+        STACKED,
+        include("2.self_attn.g_proj"),
+        "float-not-excluded",
+        f"{ATTENTION}.g_proj",
+    ),
+    "float shards, some of them excluded": (
+        STACKED,
+        include(f"{SHARED}.up_proj"),
+        "float-not-excluded",
+        f"{SHARED}.up_proj",
+    ),
+    "static scale of dynamic activations": (
+        STACKED,
+        lambda export: export.tensors.update(
+            {f"{ATTENTION}.q_proj.input_scale": torch.ones(1)}
+        ),
+        "tensor-not-taken",
+        f"{ATTENTION}.q_proj.input_scale",
+    ),
+    "scale of a quantized key/value cache": (
+        STACKED,
+        lambda export: export.tensors.update(
+            {f"{ATTENTION}.k_proj.output_scale": torch.ones(1)}
+        ),
+        "tensor-not-taken",
+        f"{ATTENTION}.k_proj.output_scale",
+    ),
+    "bias of zeros": (
+        STACKED,
+        lambda export: export.tensors.update(
+            {f"{ATTENTION}.o_proj.bias": torch.zeros(128)}
+        ),
+        "tensor-not-taken",
+        f"{ATTENTION}.o_proj.bias",
+    ),
+    "one expert too many": (
+        PER_EXPERT,
+        lambda export: export.tensors.update(
+            {
+                name.replace("experts.5.", "experts.16."): tensor.clone()
+                for name, tensor in export.tensors.items()
+                if ".experts.5." in name
+            }
+        ),
+        "tensor-not-taken",
+        "experts.16.",
+    ),
+}
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What is logged as a warning."""
+    logged: list[str] = []
+    monkeypatch.setattr(load_checks.logger, "warning_once", logged.append)
+    return logged
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_export_loads_the_same_with_one_warning(name, write, tmp_path, warnings):
+    export, edit, kind, seen = ODD[name]
+    expected = state(load_model(Export(export).write(tmp_path / "plain")))
+    assert not warnings
+    found = state(load_model(write(export, edit)))
+    for parameter, tensor in expected.items():
+        assert torch.equal(found[parameter], tensor), parameter
+    [warning] = warnings
+    assert f"({kind})" in warning and seen in warning
+
+
+def test_channel_of_zeros_needs_no_scale(write, warnings):
+    model = load_model(write(STACKED, with_a_dead_channel))
+    scales = dict(model.named_parameters())[f"{MOE}.experts.w13_weight_scale"]
+    assert scales[3, 64 + 5] == 0
+    [warning] = warnings
+    assert "zero-channels" in warning and f"{MOE}.up_proj.weight_scale" in warning
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_channel_of_zeros_with_another_scale(value, write):
+    """Any number times zero is zero, but NaN is none."""
+    both_edits = with_a_dead_channel, at(f"{MOE}.up_proj.weight_scale", (3, 5), value)
+    folder = write(STACKED, *both_edits)
+    if value == value:
+        load_model(folder)
+    else:
+        with pytest.raises(CheckpointError, match="up_proj.weight_scale .*nan at"):
+            load_model(folder)
+
+
+def at(name: str, index: tuple[int, ...], value: float) -> Edit:
+    def edit(export: Export) -> None:
+        export.tensors[name][index] = value
+
+    return edit
+
+
+def test_what_a_fork_told_to_warn_says_of_an_error(write, warnings, monkeypatch):
+    monkeypatch.setenv("VLLM_QUARK_INT8_CHECKS", "warn")
+    load_model(write(STACKED, set_value(DOWN_SCALE, 0.0)))
+    [warning] = warnings
+    assert "ANSWERS WILL BE WRONG" in warning and f"{DOWN_SCALE} (F32" in warning
+    assert "scale-not-positive" in warning
+
+
 # --- what is refused ------------------------------------------------------------------
-
-
-def set_value(name: str, value: float) -> Edit:
-    def edit(export: Export) -> None:
-        export.tensors[name].view(-1)[3] = value
-
-    return edit
-
-
-def drop(*names: str) -> Edit:
-    def edit(export: Export) -> None:
-        for name in names:
-            del export.tensors[name]
-
-    return edit
-
-
-def put(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
-    def edit(export: Export) -> None:
-        export.tensors[name] = make(export.tensors[name]).contiguous()
-
-    return edit
-
-
-def add(name: str, tensor: torch.Tensor) -> Edit:
-    return lambda export: export.tensors.update({name: tensor})
-
-
-def exclude(*entries: str) -> Edit:
-    return lambda export: export.quark["exclude"].extend(entries)
-
-
-def include(*parts: str) -> Edit:
-    def edit(export: Export) -> None:
-        entries = export.quark["exclude"]
-        export.quark["exclude"] = [
-            entry for entry in entries if not any(part in entry for part in parts)
-        ]
-
-    return edit
-
-
-def both(*edits: Edit) -> Edit:
-    def edit_all(export: Export) -> None:
-        for edit in edits:
-            edit(export)
-
-    return edit_all
-
-
-def set_config(path: str, value: object) -> Edit:
-    def edit(export: Export) -> None:
-        *parents, last = path.split("/")
-        config = export.quark
-        for parent in parents:
-            config = config[parent]
-        config[last] = value
-
-    return edit
 
 
 Q_SCALE = f"{ATTENTION}.q_proj.weight_scale"
@@ -223,7 +367,10 @@ INT8 = torch.ones(4, dtype=torch.int8)
 REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "no scale of a linear layer": (drop(Q_SCALE), (f"{ATTENTION}.q_proj", Q_SCALE)),
     "no scale of the experts": (drop(DOWN_SCALE), (DOWN_SCALE, "no such tensor")),
-    "no weight beside a scale": (drop(f"{MOE}.down_proj.weight"), (DOWN_SCALE,)),
+    "no weight beside a scale": (
+        drop(f"{MOE}.down_proj.weight"),
+        (f"{MOE}.experts.w2_weight", "found none"),
+    ),
     **{
         f"scale {value}": (
             set_value(name, value),
@@ -237,21 +384,13 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
         lambda export: quantize(export, f"{SHARED}.down_proj"),
         (f"{SHARED}.down_proj.weight", "exclude has", "I8"),
     ),
-    "quantized, stored as bf16": (
-        include(f"{SHARED}.down_proj"),
-        (f"{SHARED}.down_proj.weight", "BF16", "exclude does not name it"),
-    ),
-    "quantized head gate stored as bf16": (
-        include("2.self_attn.g_proj"),
-        (f"{ATTENTION}.g_proj.weight", "BF16", f"for {ATTENTION}.g_proj"),
-    ),
     "quantized attention stored as bf16": (
         put(f"{ATTENTION}.o_proj.weight", lambda tensor: tensor.bfloat16()),
         (f"{ATTENTION}.o_proj.weight", "BF16", "weight_scale"),
     ),
     "int8 lm_head": (
         both(include("lm_head"), lambda export: quantize(export, "lm_head")),
-        ("lm_head.weight", "float lm_head", "exclude"),
+        ("lm_head.weight", "which vLLM does not quantize", "exclude"),
     ),
     "unknown tensor": (
         add(f"{ATTENTION}.q_proj.bias", torch.ones(4)),
@@ -264,11 +403,11 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
                 f"{SHARED}.up_proj.weight", f"{SHARED}.upp_proj.weight"
             ),
         ),
-        (".share_expert.up_proj.weight", "no such tensor"),
+        (".share_expert.gate_up_proj.weight", "fill it, found", "index 1"),
     ),
     "float parameter that one layer lacks": (
         drop("model.layers.1.input_layernorm.weight"),
-        ("model.layers.1.input_layernorm.weight", "it in every such layer"),
+        ("model.layers.1.input_layernorm.weight", "fill it, found none"),
     ),
     "float parameter not filled": (
         drop("model.norm.weight"),
@@ -276,7 +415,7 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "half of a fused float layer": (
         both(with_globs, drop(f"{SHARED}.up_proj.weight")),
-        (".share_expert.up_proj.weight", "it in every such layer"),
+        (".share_expert.gate_up_proj.weight", "fill it, found", "index 1"),
     ),
     "half of every fused float layer": (
         both(
@@ -312,7 +451,7 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "shape of a norm": (
         put("model.norm.weight", lambda tensor: tensor[:64]),
-        ("model.norm.weight", "torch.bfloat16 [64]"),
+        ("model.norm.weight", "bfloat16 [64]"),
     ),
     "shape of a scale": (
         put(DOWN_SCALE, lambda tensor: tensor[:, :7]),
@@ -330,41 +469,56 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
                 for suffix in ("weight", "weight_scale")
             )
         ),
-        (f"{MOE}.", "16 experts", "found 15"),
+        (f"{MOE}.", "experts 0 to 15", "found 15"),
     ),
     "zero points of weights": (
         both(with_zero_points, set_value(f"{MOE}.up_proj.weight_zero_point", 5)),
         (f"{MOE}.up_proj.weight_zero_point", "5 at [0, 3]", "symmetric"),
-    ),
-    "exclude that matches nothing": (
-        exclude("model.layers.2.shared_expert.up_proj"),
-        ("'model.layers.2.shared_expert.up_proj'", "names none"),
-    ),
-    "glob that matches nothing": (exclude("*.visual.*"), ("'*.visual.*'",)),
-    "parent of a module": (
-        exclude("model.layers.0.mlp"),
-        ("'model.layers.0.mlp'", "there is model.layers.0.mlp."),
-    ),
-    "some shards excluded": (
-        include(f"{SHARED}.up_proj"),
-        (f"{SHARED}.up_proj", "BF16"),
     ),
     "some int8 shards excluded": (
         both(
             include(f"{SHARED}.up_proj"),
             lambda export: quantize(export, f"{SHARED}.up_proj"),
         ),
-        ("share_expert.gate_proj", "share_expert.up_proj", "all or none"),
+        ("share_expert.gate_proj.weight as BF16", "share_expert.up_proj.weight as I8"),
+    ),
+    "rotation of activations": (
+        add(f"{ATTENTION}.o_proj.input_rotation", torch.eye(4)),
+        (
+            f"{ATTENTION}.o_proj.input_rotation",
+            "none: it would be left out",
+            "rotation",
+        ),
+    ),
+    "rotation in the config": (
+        set_config("algo_config", [{"name": "rotation", "r1": True, "r4": True}]),
+        ("algo_config", "r4 true", "without online rotation"),
+    ),
+    "fake quantized": (
+        set_config("export/weight_format", "fake_quantized"),
+        ("export.weight_format", "'fake_quantized'", "real_quantized"),
+    ),
+    "names of another exporter": (
+        lambda export: export.rename(
+            Q_SCALE, Q_SCALE.replace("weight_scale", "weight_quantizer.scale")
+        ),
+        ("q_proj.weight_quantizer.scale", "q_proj.weight_scale", "another exporter"),
     ),
     "no quantization_config": (
         lambda export: export.config.pop("quantization_config"),
         ("a quantization_config in config.json", "I8"),
     ),
-    "no export": (lambda export: export.quark.pop("export"), ("'export'", "nothing")),
-    "no exclude": (set_config("exclude", None), ("'exclude'", "None")),
+    "no export": (
+        lambda export: export.quark.pop("export"),
+        ("quantization_config, export", "nothing"),
+    ),
+    "no exclude": (
+        set_config("exclude", None),
+        ("config, exclude", "None"),
+    ),
     "overrides in a list": (
         set_config("layer_quant_config", ["*"]),
-        ("'layer_quant_config'", "['*']"),
+        ("quantization_config, layer_quant_config", "['*']"),
     ),
     "asymmetric weights": (
         set_config("global_quant_config/weight/symmetric", False),
@@ -392,10 +546,6 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
             set_config("global_quant_config/input_tensors/is_dynamic", False),
         ),
         ("input_scale", "no such tensor"),
-    ),
-    "static scale of dynamic activations": (
-        add(f"{ATTENTION}.q_proj.input_scale", torch.ones(1)),
-        (f"{ATTENTION}.q_proj.input_scale", "dynamic activations"),
     ),
     "float8 in the config": (
         set_config(
@@ -431,16 +581,6 @@ REFUSED_EXPERTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
         ),
         (f"{MOE}.experts", "0 to 15", "5 is missing"),
     ),
-    "one expert too many": (
-        lambda export: export.tensors.update(
-            {
-                name.replace(EXPERT, f"{MOE}.experts.16"): tensor.clone()
-                for name, tensor in export.tensors.items()
-                if name.startswith(EXPERT + ".")
-            }
-        ),
-        (f"{MOE}.experts", "0 to 15", "16 is one too many"),
-    ),
     "no projection": (
         drop(f"{EXPERT}.up_proj.weight", f"{EXPERT}.up_proj.weight_scale"),
         (f"{MOE}.experts.w13_weight", "the first gap is at index 5"),
@@ -451,7 +591,7 @@ REFUSED_EXPERTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "some excluded": (
         exclude(f"{EXPERT}.up_proj"),
-        (f"{EXPERT}.up_proj", "1 of the 48", f"{MOE}.experts"),
+        (f"{EXPERT}.up_proj", "one scheme", f"{MOE}.experts"),
     ),
     "stored as bf16": (
         put(f"{EXPERT}.up_proj.weight", lambda tensor: tensor.bfloat16()),
@@ -473,7 +613,7 @@ def test_one_expert_is_refused_by_name(name, write):
 # seen while it is loaded; so it is when the first is left out.
 SEEN_WHILE_LOADING = {
     "no scale of a linear layer": "q_proj.weight_scale",
-    "no scale of the experts": "w2_weight_scale",
+    "no scale of the experts": DOWN_SCALE,
     "excluded, stored as int8": f"{SHARED}.down_proj.weight",
     "quantized attention stored as bf16": f"{ATTENTION}.o_proj.weight",
     "int8 lm_head": "lm_head.weight",
@@ -518,7 +658,7 @@ def test_every_way_to_write_is_seen(write):
     with torch.no_grad():
         module.weight.fill_(torch.nan)
         change, number = WRITES[write]
-        watch = load_checks._Watch(module)
+        watch = Watch(module, lambda write: None)
         with watch.watching():
             change(module.weight.data)
     assert sum(watch.written["weight"].values()) == number
@@ -528,22 +668,38 @@ def test_every_way_to_write_is_seen(write):
 
 def test_tensors_have_their_own_methods_after_an_error():
     methods = dict(torch.Tensor.__dict__)
-    with pytest.raises(KeyError), load_checks._Watch(nn.Module()).watching():
+    with pytest.raises(KeyError), Watch(nn.Module(), lambda write: None).watching():
         raise KeyError
     assert dict(torch.Tensor.__dict__) == methods
 
 
+class Sink(nn.Module):
+    """Takes the tensor `b` of a checkpoint, and leaves others."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.empty(numel, dtype=torch.bfloat16), False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            if name == "b":
+                self.b.data.copy_(tensor)
+
+
 @pytest.mark.parametrize("here", [platforms.current_platform, pretended.cuda(9, 0)])
 @pytest.mark.parametrize("numel", [10, 1 << 20], ids=["small", "large"])
-def test_number_that_is_none_is_refused(numel, here, monkeypatch):
-    """Large tensors, too, which are looked at while they are copied to a GPU."""
+def test_number_that_is_none_is_refused(numel, here, monkeypatch, tmp_path):
+    """Large tensors, too, which are looked at while they are copied to a GPU; but for
+    tensors that nothing takes."""
     monkeypatch.setattr(load_checks, "current_platform", here)
-    tensor = torch.ones(numel, dtype=torch.bfloat16)
-    assert [*load_checks._looked_at([("a", tensor), ("b", tensor)])]
-    tensor[7] = torch.inf
-    with pytest.raises(CheckpointError, match=r"b.*inf at \[7\], 1 such"):
-        for _ in load_checks._looked_at([("a", tensor[8:]), ("b", tensor)]):
-            pass
+    checks = load_checks.Checks(str(tmp_path), None, {"exclude": []})
+    config = SimpleNamespace(runner="generate")
+    model = load_checks._CheckedModel(Sink(numel), config, checks)
+    good, bad = torch.ones(2, numel, dtype=torch.bfloat16)
+    bad[7] = torch.inf
+    model.load_weights([("a", bad), ("b", good)])
+    with pytest.raises(CheckpointError, match=r"b: .*inf at \[7\], 1 such"):
+        model.load_weights([("a", good), ("b", bad)])
 
 
 @pytest.mark.parametrize("by_expert", [False, True], ids=["tensor", "expert"])
@@ -568,7 +724,9 @@ def floats(model: nn.Module) -> list[torch.Tensor]:
 def test_float_checkpoint_is_not_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(load_checks, "read_checkpoint", lambda folder: 1 / 0)
     quark = {"global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}
-    load_checks.check_folder(tmp_path, quark, {})
+    config = QuarkConfig(quark)
+    load_checks.check_model(SimpleNamespace(model=str(tmp_path)), config)
+    assert config.checks is None
 
 
 @pytest.mark.parametrize("value", [1.0, 0.0])

@@ -25,7 +25,6 @@ from vllm.model_executor.layers.quantization.quark.problems import (
 from vllm.model_executor.layers.quantization.quark.rules import (
     Config,
     Entries,
-    find_override,
     has_int8,
     is_int8,
     is_static,
@@ -179,6 +178,15 @@ class Stored:
     def is_float(self) -> bool:
         return self.weight.dtype in FLOATS
 
+    def names(self, prefix: str = "") -> tuple[str, ...]:
+        """What a config may call it: its own name, and the one of the fused layer of
+        experts `prefix`, "" for none; stacked ones also as if each were on its own."""
+        if not prefix:
+            return (self.module,)
+        last = self.module.rpartition(".")[2]
+        first = (f"{prefix}.0.{last}",) if len(self.weight.shape) == 3 else ()
+        return self.module, prefix, *first
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -234,10 +242,10 @@ class Export:
         that are no scales, zero points or biases."""
         module = self.modules[name]
         found = []
-        for suffix, tensor in module.items():
+        # Stacked experts may have no module of their own: `experts.gate_up_proj`.
+        for suffix in [WEIGHT] if WEIGHT in module else module:
+            tensor = module[suffix]
             if len(tensor.shape) < rank or suffix.endswith(("bias", *COMPANIONS)):
-                continue
-            if "_scale" in suffix or "zero_point" in suffix:
                 continue
             stem = "" if suffix == WEIGHT else f"{suffix}_"
             beside = {
@@ -272,7 +280,7 @@ class Export:
                 for name in self.shards(prefix, packed)
                 for stored in self._weights(name, 2)
             ]
-            self._layers[prefix] = self._judged(prefix, weights, "shards-differ")
+            self._layers[prefix] = self._judged(prefix, weights, is_experts=False)
         return self._layers[prefix]
 
     def experts(self, prefix: str) -> Layer | None:
@@ -289,7 +297,7 @@ class Export:
                     if name.rpartition(".")[0] == parent
                     for each in self._weights(name, 3)
                 ]
-            self._layers[prefix] = self._judged(prefix, weights, "experts-differ")
+            self._layers[prefix] = self._judged(prefix, weights, is_experts=True)
         return self._layers[prefix]
 
     def asked(self, prefix: str) -> Layer | None:
@@ -306,7 +314,10 @@ class Export:
             if WEIGHT in module and len(module[WEIGHT].shape) == 3
         }
         for entry in self.config["exclude"]:
-            if entry in names or any(matches(name, entry) for name in names):
+            is_pattern = entry in self._exclude.patterns
+            if entry in names or (
+                is_pattern and any(matches(name, entry) for name in names)
+            ):
                 continue
             expert = expert_of(f"{entry}.")
             if expert and expert[0].rpartition(".")[0] in stacked:
@@ -327,17 +338,19 @@ class Export:
         return {f"{expert[0]}.{expert[1]}" for expert in found if expert}
 
     def _judged(
-        self, prefix: str, weights: Sequence[Stored], differ: str
+        self, prefix: str, weights: Sequence[Stored], is_experts: bool
     ) -> Layer | None:
         """The layer of these weights, with its problems noted."""
         if not weights:
             return None
+        differ = "experts-differ" if is_experts else "shards-differ"
+        fused = prefix if is_experts else ""
         first = weights[0]
         if odd := next((w for w in weights if w.is_float != first.is_float), None):
             expected = "all that vLLM fuses there to be stored alike"
             found = f"{_shown(first)} and {_shown(odd)}"
             self._note(Problem(differ, prefix, expected, found))
-        configs = [self.config_of(stored.module) for stored in weights]
+        configs = [self.config_of(*stored.names(fused)) for stored in weights]
         if first.is_float:
             self._judge_floats(weights, configs)
             return Layer(weights, None)
@@ -345,36 +358,44 @@ class Export:
             if config != configs[0]:
                 expected = "one scheme for all that vLLM fuses there"
                 rules = (
-                    f"{self._rule(s.module)} for {s.module}" for s in (first, stored)
+                    f"{self._rule(*each.names(fused))} for {each.module}"
+                    for each in (first, stored)
                 )
                 self._note(Problem(differ, prefix, expected, " and ".join(rules)))
                 break
         config = configs[0]
         if first.weight.dtype == "I8":
-            self._judge_int8(weights, config)
+            self._judge_int8(fused, weights, config)
         return Layer(weights, config)
 
     def _note(self, problem: Problem) -> None:
         self.problems.append(problem)
 
-    def config_of(self, module: str) -> Config | None:
-        """What the config says of a module by its name in the checkpoint; None where
-        it leaves the module as floats."""
-        if self.excluded_by(module) is not None:
+    def config_of(self, *names: str) -> Config | None:
+        """What the config says of a module that it may call by any of these names; None
+        where it leaves the module as floats."""
+        if self.excluded_by(*names) is not None:
             return None
-        found = find_override(module, self.config, self._overrides)
-        found = self.config["global_quant_config"] if found is None else found
+        for name in names:
+            if (entry := self._overrides.match(name)) is not None:
+                found = self.config["layer_quant_config"][entry]
+                break
+        else:
+            by_type = self.config.get("layer_type_quant_config") or {}
+            # To Quark, all that vLLM asks for are torch.nn.Linear.
+            found = by_type.get("Linear", self.config["global_quant_config"])
         return found if (found or {}).get("weight") else None
 
-    def excluded_by(self, module: str) -> str | None:
-        """The entry of exclude that names a module of the checkpoint, if any."""
-        return self._exclude.match(module)
+    def excluded_by(self, *names: str) -> str | None:
+        """The entry of exclude that has one of these names of a module, if any."""
+        return next(filter(None, map(self._exclude.match, names)), None)
 
-    def _rule(self, module: str) -> str:
-        """The part of the config that decides about a module."""
-        if (entry := self.excluded_by(module)) is not None:
+    def _rule(self, *names: str) -> str:
+        """The part of the config that decides about a module of these names."""
+        if (entry := self.excluded_by(*names)) is not None:
             return f"exclude {entry!r}"
-        if (entry := self._overrides.match(module)) is not None:
+        entries = filter(None, map(self._overrides.match, names))
+        if (entry := next(entries, None)) is not None:
             return f"layer_quant_config {entry!r}"
         return "global_quant_config"
 
@@ -393,16 +414,17 @@ class Export:
                 problem = Problem("float-not-excluded", stored.module, expected, found)
                 self._note(problem)
 
-    def _judge_int8(self, weights: Sequence[Stored], config: Config | None) -> None:
+    def _judge_int8(
+        self, fused: str, weights: Sequence[Stored], config: Config | None
+    ) -> None:
         """Note the first problem of a layer's INT8 weights beside their config."""
-        first = weights[0]
-        weight = first.weight
-        if config is None and (entry := self.excluded_by(first.module)) is not None:
+        weight, names = weights[0].weight, weights[0].names(fused)
+        if config is None and (entry := self.excluded_by(*names)) is not None:
             expected = f"a float weight, since exclude has {entry!r}"
             self._note(of_tensor("int8-excluded", weight, expected, "I8"))
         elif config is None or not is_int8(config):
             dtype = part_of(config or {}, "weight").get("dtype")
-            rule = self._rule(first.module)
+            rule = self._rule(*names)
             expected = f"{dtype or 'floats'}, as {rule} of config.json has it"
             self._note(of_tensor("int8-unasked", weight, expected, "I8"))
         elif problem := scheme_problem(config):
@@ -420,7 +442,7 @@ class Export:
         for name in self._below_stored(f"{stored.module}."):
             if "scale" in name.removeprefix(f"{stored.module}."):
                 expected = f"{stored.module}.{SCALE}, as amd-quark writes it"
-                found = "a scale under the name of another exporter"
+                found = "a scale under a name that another exporter gives it"
                 tensor = self.tensors[name]
                 return of_tensor("foreign-names", tensor, expected, found)
         return None

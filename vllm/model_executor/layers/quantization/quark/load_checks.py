@@ -49,6 +49,7 @@ from vllm.model_executor.layers.quantization.quark.export import (
     must_be_zero,
 )
 from vllm.model_executor.layers.quantization.quark.problems import (
+    EXPORT_AGAIN,
     KINDS,
     Problem,
     of_tensor,
@@ -198,6 +199,23 @@ def check_model(model_config: ModelConfig, quant_config: "QuarkConfig") -> None:
     quant_config.checks = checks
 
 
+def without_scheme(prefix: str, config: Config) -> NotImplementedError:
+    """The error for a layer whose config asks for what vLLM cannot compute here."""
+    parts = []
+    for kind in ("weight", "input_tensors", "output_tensors", "bias"):
+        part = config.get(kind)
+        if isinstance(part, Mapping):
+            how = "dynamic" if part.get("is_dynamic") else "static"
+            parts.append(f"{kind} {part.get('dtype')} {part.get('qscheme')} {how}")
+        elif part:
+            parts.append(f"{kind} {part!r:.100}")
+    return NotImplementedError(
+        f"{prefix}: expected a scheme that vLLM has a kernel for on "
+        f"{current_platform.device_type}, found {', '.join(parts)}; {EXPORT_AGAIN} "
+        "with another scheme for it, or run it on another device"
+    )
+
+
 # --- once the model is built --------------------------------------------------------
 
 
@@ -236,7 +254,13 @@ def _checks_of(model: nn.Module, model_config: ModelConfig) -> Checks | None:
     config = _quantization_config(model_config)
     if not has_int8(config):
         return None
-    return Checks(model_config.model, model_config.revision, config)
+    checks = Checks(model_config.model, model_config.revision, config)
+    if (mapper := getattr(model, "hf_to_vllm_mapper", None)) is not None:
+        checks.rename(mapper)
+    packed = getattr(model, "packed_modules_mapping", None) or {}
+    for name, module in model.named_modules():
+        checks.layer(module, name, packed)
+    return checks
 
 
 def _quantization_config(model_config: ModelConfig) -> Config:
@@ -269,35 +293,30 @@ def _is_int8(module: nn.Module) -> bool:
 
 
 def _check_shapes(model: nn.Module, checks: Checks) -> None:
-    """Compare the shapes of INT8 weights with those of the layers that take them."""
+    """Compare the shapes of INT8 weights with those of the layers that take them: a
+    loader cuts its share out of a larger tensor without a word."""
     for prefix, module, layer in _layers(model, checks):
-        expected = (
-            _expert_shapes(module)
-            if isinstance(module, FusedMoE)
-            else _linear_shapes(module, len(layer.weights))
-        )
-        for number, stored in enumerate(layer.weights):
-            shapes = expected.get(number, expected.get(None, ()))
-            shape = stored.weight.shape
-            if shapes and shape[-2:] not in shapes:
-                wanted = " or ".join(str(list(each)) for each in sorted(set(shapes)))
+        if isinstance(module, FusedMoE):
+            expected = [_expert_shapes(module, layer)] * len(layer.weights)
+            _check_count(prefix, module, layer, checks)
+        else:
+            expected = _linear_shapes(module, len(layer.weights))
+        for stored, shapes in zip(layer.weights, expected, strict=False):
+            if stored.weight.shape[-2:] not in shapes:
+                wanted = " or ".join(str(list(each)) for each in sorted(shapes))
                 checks.report(
                     of_tensor(
                         "weight-misshapen",
                         stored.weight,
                         f"I8 {wanted} for {prefix}",
-                        f"I8 {list(shape)}",
+                        f"I8 {list(stored.weight.shape)}",
                     )
                 )
-        if isinstance(module, FusedMoE):
-            _check_count(prefix, module, layer, checks)
 
 
-def _linear_shapes(
-    module: Any, count: int
-) -> dict[int | None, tuple[tuple[int, ...], ...]]:
-    """The shapes [N, K] that the weights of a linear layer have in a checkpoint, by
-    their number among its `count` weights."""
+def _linear_shapes(module: Any, count: int) -> list[set[tuple[int, ...]]]:
+    """The shape [N, K] of each of the `count` weights of a linear layer in the
+    checkpoint; empty where the layer is made of other parts."""
     if hasattr(module, "total_num_kv_heads"):
         key = module.total_num_kv_heads * module.head_size
         value = module.total_num_kv_heads * getattr(
@@ -309,17 +328,19 @@ def _linear_shapes(
     if count == 1:
         sizes = [sum(sizes)]
     if len(sizes) != count:
-        return {}
-    return {number: ((size, module.input_size),) for number, size in enumerate(sizes)}
+        return []
+    return [{(size, module.input_size)} for size in sizes]
 
 
-def _expert_shapes(
-    module: FusedMoE,
-) -> dict[int | None, tuple[tuple[int, ...], ...]]:
-    """The shapes of gate or up, down, and gate and up as one, whichever it is."""
+def _expert_shapes(module: FusedMoE, layer: Layer) -> set[tuple[int, ...]]:
+    """The shapes [N, K] that the weights of an expert have in the checkpoint: gate, up
+    and down, or gate and up as one."""
     width = module.moe_config.intermediate_size_per_partition_unpadded * module.tp_size
     hidden = module.moe_config.hidden_dim_unpadded
-    return {None: ((width, hidden), (hidden, width), (2 * width, hidden))}
+    shapes = {(hidden, width), (width, hidden)}
+    names = (stored.weight.name.removesuffix(".weight") for stored in layer.weights)
+    is_whole = len({name.rpartition(".")[2] for name in names}) == 3
+    return shapes if is_whole else shapes | {(2 * width, hidden)}
 
 
 def _check_count(prefix: str, module: FusedMoE, layer: Layer, checks: Checks) -> None:
@@ -386,7 +407,7 @@ def scale_problem(
     return of_tensor(
         "scale-not-positive",
         tensor,
-        "scales that are finite, and above zero where weights are not all zero",
+        "scales that are finite and above zero, but for channels of zeros",
         f"{value} at {where}, {int(bad.sum())} of {bad.numel()} such",
     )
 
@@ -631,7 +652,7 @@ class _CheckedModel:
                 problem = Problem("tensor-not-taken", name, "a parameter", "none")
             else:
                 expected = f"a parameter of {type(self._model).__name__} that takes it"
-                found_there = "none: the layer would be computed without it"
+                found_there = "none: it would be left out"
                 id = (
                     "rotation-not-applied"
                     if "rotation" in suffix

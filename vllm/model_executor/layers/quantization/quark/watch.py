@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 # Where a part of a parameter begins, in bytes, its shape and its strides.
@@ -62,8 +63,11 @@ class Watch:
         # Tensor of the checkpoint -> the parameters that took it.
         self.taken: dict[str, set[str]] = defaultdict(set)
         self.current: tuple[str, torch.Tensor] | None = None
-        # Tensors that nothing took yet: storage -> name, and name -> bytes.
-        self._waiting: dict[int, str] = {}
+        # Storage -> the tensor of the checkpoint in it. A weak reference lets the memory
+        # go, and keeps its address from another.
+        self._names: dict[int, str] = {}
+        self._addresses: list[StorageWeakRef] = []
+        # Tensors that nothing took yet, and their bytes.
         self._left: dict[str, int] = {}
         # Bytes of what was written from tensors that a loader made before.
         self._made: list[int] = []
@@ -100,7 +104,9 @@ class Watch:
         for name, tensor in weights:
             self.current = name, tensor
             if tensor.numel():
-                self._waiting[tensor.untyped_storage()._cdata] = name
+                storage = tensor.untyped_storage()
+                self._addresses.append(StorageWeakRef(storage))
+                self._names[storage._cdata] = name
                 self._left[name] = tensor.nbytes
             yield name, tensor
         self.current = None
@@ -187,7 +193,7 @@ class Watch:
         name = ""
         if source is not None and source.numel():
             storage = source.untyped_storage()
-            name = self._waiting.get(storage._cdata, "")
+            name = self._names.get(storage._cdata, "")
             if not name and self.current is None:
                 self._made.append(storage.nbytes())
         if not name and self.current is not None:
