@@ -36,12 +36,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "export"
 
 
-def test_bad_scale_ends_the_server_before_an_engine_starts(folder):
+def test_bad_scale_ends_the_server_before_weights_are_read(folder):
     export = Export(STACKED)
     export.tensors[SCALE].view(-1)[3] = 0
     status, output = serve(export.write(folder))
     assert status == 1
-    assert output.count("expected scales that are finite and above zero") == 1
+    wanted = f"CheckpointError: {SCALE} (F32 [16, 128] in model.safetensors): expected"
+    assert wanted in output and "found 0.0 at [0, 3]" in output
+    assert "Loading weights took" not in output
+
+
+def test_damaged_file_ends_the_server_before_an_engine_starts(folder):
+    file = Export(STACKED).write(folder) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    status, output = serve(folder)
+    assert status == 1
     last = output.strip().splitlines()[-3:]
-    assert any(SCALE in line and "found 0.0 at" in line for line in last)
+    assert any(str(file) in line and "it is cut off" in line for line in last)
     assert "EngineCore" not in output and "Worker" not in output

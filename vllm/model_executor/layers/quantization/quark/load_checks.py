@@ -193,10 +193,31 @@ def check_model(model_config: ModelConfig, quant_config: "QuarkConfig") -> None:
     if Path(model_config.model).is_dir():
         read_checkpoint(Path(model_config.model))
     checks = Checks(model_config.model, model_config.revision, config)
-    for problem in config_problems(config):
+    for problem in (*config_problems(config), *_architecture_problems(model_config)):
         checks.report(problem)
     checks.log()
     quant_config.checks = checks
+
+
+def _architecture_problems(model_config: ModelConfig) -> list[Problem]:
+    """Whether vLLM's own code computes this architecture, where nobody asked for
+    other code."""
+    if (
+        model_config.model_impl != "auto"
+        or not model_config.using_transformers_backend()
+    ):
+        return []
+    name = model_config.architectures[0]
+    expected, found = "an architecture that this vLLM has", "none of that name"
+    folder, media = Path(model_config.model), model_config.multimodal_config
+    if media is None or not folder.is_dir():
+        return [Problem("architecture-of-transformers", name, expected, found)]
+    limits = media.limit_per_prompt.values()
+    is_asked = not limits or any(getattr(each, "count", each) for each in limits)
+    if is_asked and not any(folder.glob("*processor_config.json")):
+        found += ", and no preprocessor_config.json for Transformers' code"
+        return [Problem("architecture-missing", name, expected, found)]
+    return [Problem("architecture-of-transformers", name, expected, found)]
 
 
 def without_scheme(prefix: str, config: Config) -> NotImplementedError:

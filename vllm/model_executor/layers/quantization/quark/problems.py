@@ -56,6 +56,22 @@ _KINDS = (
         "copy config.json from the export",
     ),
     Kind(
+        "architecture-missing",
+        "error",
+        "refused",
+        "an architecture that this vLLM does not have",
+        "Transformers' code stands in for it, and lacks what it needs here.",
+        "use a vLLM that has it",
+    ),
+    Kind(
+        "architecture-of-transformers",
+        "warning",
+        "unknown",
+        "an architecture that this vLLM does not have, computed by Transformers' code",
+        "Whether that reads this export right is not known.",
+        "use a vLLM that has it",
+    ),
+    Kind(
         "rotation-not-applied",
         "error",
         "wrong",

@@ -63,8 +63,8 @@ class Watch:
         # Tensor of the checkpoint -> the parameters that took it.
         self.taken: dict[str, set[str]] = defaultdict(set)
         self.current: tuple[str, torch.Tensor] | None = None
-        # Storage -> the tensor of the checkpoint in it. A weak reference lets the memory
-        # go, and keeps its address from another.
+        # Storage -> the tensor of the checkpoint in it. A weak reference lets its
+        # memory go, and keeps its address from another.
         self._names: dict[int, str] = {}
         self._addresses: list[StorageWeakRef] = []
         # Tensors that nothing took yet, and their bytes.
