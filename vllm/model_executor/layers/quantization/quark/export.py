@@ -178,6 +178,11 @@ class Stored:
     def is_float(self) -> bool:
         return self.weight.dtype in FLOATS
 
+    @property
+    def kind(self) -> str:
+        """Its dtype; all floats that a model may have are one kind."""
+        return "float" if self.is_float else self.weight.dtype
+
     def names(self, prefix: str = "") -> tuple[str, ...]:
         """What a config may call it: its own name, and the one of the fused layer of
         experts `prefix`, "" for none; stacked ones also as if each were on its own."""
@@ -346,7 +351,7 @@ class Export:
         differ = "experts-differ" if is_experts else "shards-differ"
         fused = prefix if is_experts else ""
         first = weights[0]
-        if odd := next((w for w in weights if w.is_float != first.is_float), None):
+        if odd := next((w for w in weights if w.kind != first.kind), None):
             expected = "all that vLLM fuses there to be stored alike"
             found = f"{_shown(first)} and {_shown(odd)}"
             self._note(Problem(differ, prefix, expected, found))

@@ -353,7 +353,7 @@ def _linear_shapes(module: Any, count: int) -> list[set[tuple[int, ...]]]:
     return [{(size, module.input_size)} for size in sizes]
 
 
-def _expert_shapes(module: FusedMoE, layer: Layer) -> set[tuple[int, ...]]:
+def _expert_shapes(module: Any, layer: Layer) -> set[tuple[int, ...]]:
     """The shapes [N, K] that the weights of an expert have in the checkpoint: gate, up
     and down, or gate and up as one."""
     width = module.moe_config.intermediate_size_per_partition_unpadded * module.tp_size
@@ -566,7 +566,8 @@ class _CheckedModel:
         if "zero_point" in write.parameter:
             return
         name = write.tensor or "a tensor of the checkpoint"
-        if target.is_floating_point() != source.is_floating_point():
+        is_exact = target.dtype == torch.int8 and source.dtype != torch.int8
+        if is_exact or target.is_floating_point() != source.is_floating_point():
             id, expected = self._other_kind(write)
             found = str(source.dtype).removeprefix("torch.")
             problem = Problem(id, name, expected, found, where=self._place(name))
