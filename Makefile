@@ -7,8 +7,12 @@ PYTHON ?= python3
 VLLM_TARGET_DEVICE ?= $(shell command -v nvidia-smi >/dev/null && echo cuda || \
     { command -v rocm-smi >/dev/null && echo rocm || echo cpu; })
 export VLLM_TARGET_DEVICE
+# A base wheel of the user's: where it is, and its sha256 if that is given.
+HASH := \#
+OWN_BASE := $(subst $(HASH)sha256=, ,$(VLLM_PRECOMPILED_WHEEL_LOCATION))
 # What is built; another base is another build.
-TARGET := $(VLLM_TARGET_DEVICE)$(VLLM_BASE_VERSION)$(notdir $(VLLM_PRECOMPILED_WHEEL_LOCATION))
+TARGET := $(VLLM_TARGET_DEVICE)$(VLLM_BASE_VERSION)$(notdir $(firstword $(OWN_BASE)))$(word \
+    2,$(OWN_BASE))
 PYTEST_FLAGS ?= -n auto --maxprocesses=4
 
 BIN := .venv/bin
@@ -18,9 +22,15 @@ FORK_READY := .venv/.fork-$(TARGET)
 WHEEL := build/wheel-$(TARGET)
 # Not the tuned configs: make cannot name files with `=`. After a sweep remove build/wheel-*.
 WHEEL_SOURCES := setup.py UPSTREAM.toml $(wildcard tools/*.py) \
-    $(shell find patches vllm -type f -not -path '*/__pycache__/*' -not -name '*=*')
+    $(shell find patches vllm -type f -not -path '*/__pycache__/*' -not -name '*=*') \
+    $(wildcard $(OWN_BASE))
 # A ROCm image brings torch, triton and AITER of its own; the environment must see them.
 VENV_FLAGS := $(if $(filter rocm,$(VLLM_TARGET_DEVICE)),--system-site-packages)
+
+# What is at a URL may be another wheel next time, unless its sha256 is given.
+ifeq ($(words $(OWN_BASE))$(filter-out http://% https://%,$(OWN_BASE)),1)
+.PHONY: $(WHEEL)
+endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 from zipfile import ZipFile
 
 from tools.download import fetch
 from tools.errors import ForkError
+from tools.location import VARIABLE, parse
 from tools.repack import metadata, repack
 from tools.series import read_series
 from tools.target import target_device
@@ -21,8 +22,8 @@ from tools.upstream import BaseWheel, listed_wheel, own_wheel, release
 
 
 def location() -> str | None:
-    """The user's own base wheel: a path or a URL, or None."""
-    return os.environ.get("VLLM_PRECOMPILED_WHEEL_LOCATION") or None
+    """The user's own base wheel: a path or a URL, perhaps with a sha256, or None."""
+    return os.environ.get(VARIABLE) or None
 
 
 def base_wheel() -> BaseWheel:
@@ -34,7 +35,7 @@ def base_wheel() -> BaseWheel:
     target, reason = target_device()
     print(f"target: {target} ({reason})", file=sys.stderr)
     if own := location():
-        return own_wheel(unquote(Path(urlsplit(own).path).name), target)
+        return own_wheel(unquote(parse(own).path.name), target)
     return listed_wheel(release(os.environ.get("VLLM_BASE_VERSION")), target)
 
 

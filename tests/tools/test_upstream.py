@@ -120,6 +120,14 @@ def test_rocm_needs_a_wheel_of_the_users_own(monkeypatch: pytest.MonkeyPatch):
     url = f"https://example.invalid/a/vllm-0.20.2%2Brocm721-{TAGS}"
     monkeypatch.setenv("VLLM_PRECOMPILED_WHEEL_LOCATION", url)
     assert base_wheel().version == "0.20.2+quark1.rocm721"
+    for where in (url, f"/a#b/vllm-0.20.2+rocm721-{TAGS}"):
+        monkeypatch.setenv(
+            "VLLM_PRECOMPILED_WHEEL_LOCATION", f"{where}#sha256={'0' * 64}"
+        )
+        assert base_wheel().version == "0.20.2+quark1.rocm721"
+    monkeypatch.setenv("VLLM_PRECOMPILED_WHEEL_LOCATION", f"{url}#sha256=0")
+    with pytest.raises(ForkError, match="expected .*#sha256=<64 hex digits>, found"):
+        base_wheel()
 
 
 def test_base_version_chooses_a_release(monkeypatch: pytest.MonkeyPatch):
