@@ -14,6 +14,7 @@ from tests.quantization.exports import FIXTURES, STACKED, Export
 
 # The command, whether vLLM is installed or on PYTHONPATH.
 VLLM = sys.executable, "-m", "vllm.entrypoints.cli.main"
+OPTIONS = ["--enforce-eager", "--max-model-len=256", "--gpu-memory-utilization=0.1"]
 SCALE = "model.layers.2.moe.down_proj.weight_scale"
 
 
@@ -22,7 +23,7 @@ def serve(folder: Path) -> tuple[int, str]:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(FIXTURES / STACKED / name, folder)
     run = subprocess.run(
-        [*VLLM, "serve", folder, "--enforce-eager", "--max-model-len", "256"],
+        [*VLLM, "serve", folder, *OPTIONS],
         env=os.environ | {"VLLM_NO_USAGE_STATS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

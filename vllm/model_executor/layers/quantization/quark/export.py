@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import prod
 from typing import Protocol
 
@@ -45,11 +46,20 @@ SCALES = (SCALE, INPUT_SCALE)
 FLOATS = ("F16", "BF16", "F32")
 INTEGERS = ("I8", "U8", "I16", "I32", "I64")
 _EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d{1,9})\.")
-# What models without a packed_modules_mapping fuse, by vLLM's usual names. Asked only
-# where the files hold these parts and nothing under the fused name.
-USUAL_SHARDS = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
+# What models fuse that have no packed_modules_mapping to tell it, by vLLM's names: some
+# only have it in their load_weights, where it cannot be asked for. Of the ways in which
+# the parts may be called, the one that the files have. Complete for the releases that
+# tests/models/test_fused_modules.py looks into.
+USUAL_SHARDS: Mapping[str, Sequence[tuple[str, ...]]] = {
+    "qkv_proj": (("q_proj", "k_proj", "v_proj"),),
+    "qkv": (("q_proj", "k_proj", "v_proj"), ("q", "k", "v")),
+    "kv_proj": (("k_proj", "v_proj"),),
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "fused_qkv_a_proj": (("q_a_proj", "kv_a_proj_with_mqa"),),
+    "fused_wqa_wkv": (("wq_a", "wkv"),),
+    "fused_wkv_wgate": (("wkv", "wgate"),),
+    "fc13": (("fc1", "fc3"),),
+    "merged_proj": (("gate_proj", "dense_h_to_4h"),),
 }
 
 
@@ -265,17 +275,12 @@ class Export:
         """Names in the checkpoint of the modules that a linear layer is made of, by
         vLLM's name for it. Empty where the files hold none of that name."""
         parent, _, last = prefix.rpartition(".")
-        if last in packed:
-            parts: Sequence[str] = packed[last]
-        elif prefix in self._names or last not in USUAL_SHARDS:
-            parts = (last,)
-        else:
-            parts = USUAL_SHARDS[last]
-        names = (f"{parent}.{part}" if parent else part for part in parts)
-        found = [self._names[name] for name in names if name in self._names]
-        if not found and prefix in self._names:  # stored as one, fused
-            return [self._names[prefix]]
-        return found
+        ways = [packed[last]] if last in packed else []
+        for parts in (*ways, (last,), *USUAL_SHARDS.get(last, ())):
+            names = (f"{parent}.{part}" if parent else part for part in parts)
+            if found := [self._names[name] for name in names if name in self._names]:
+                return found
+        return []
 
     def linear(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> Layer | None:
         """What a linear layer takes; None where the files hold nothing for it."""
@@ -328,7 +333,8 @@ class Export:
             if expert and expert[0].rpartition(".")[0] in stacked:
                 continue
             parent, _, last = entry.rpartition(".")
-            if any(f"{parent}.{part}" in names for part in USUAL_SHARDS.get(last, ())):
+            parts = chain.from_iterable(USUAL_SHARDS.get(last, ()))
+            if any(f"{parent}.{part}" in names for part in parts):
                 continue
             if last == "experts" and (parent in stacked or f"{entry}.0" in self._tops):
                 continue
