@@ -20,6 +20,7 @@ from vllm.model_executor.layers.fused_moe import cpu_int8_moe
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.cpu_int8_moe import cpu_int8_fused_experts
+from vllm.model_executor.layers.fused_moe.cpu_moe_utils import activate
 from vllm.model_executor.layers.quantization.quark import quark_moe
 from vllm.model_executor.layers.quantization.quark.quark_moe import (
     QuarkW8A8Int8MoEMethod,
@@ -196,8 +197,9 @@ def in_float64(experts: Experts, batch: Batch, options: Options) -> Tensor:
     ):
         for expert, weight in zip(ids, weights, strict=True):
             if options.expert_map is not None:
-                expert = int(options.expert_map[expert])
-            if expert >= 0:
+                known = 0 <= expert < len(options.expert_map)
+                expert = int(options.expert_map[expert]) if known else -1
+            if 0 <= expert < len(experts.w13):
                 x = batch.hidden_states[token].double()
                 output[token] += apply(expert, x, weight)
     return output
@@ -270,7 +272,7 @@ def test_any_shape_matches_float64(data):
 def test_swiglustep_clips_after_silu(rng):
     """silu(7) is 6.994: a gate clipped before comes out a thousandth too low."""
     gate, up = torch.randn(2, 5, 200, generator=rng) * 8
-    output = cpu_int8_moe._activate(SWIGLUSTEP.value, torch.cat([gate, up], dim=1))
+    output = activate(SWIGLUSTEP.value, torch.cat([gate, up], dim=1))
     gate, up = gate.double(), up.double()
     expected = (gate / (1 + (-gate).exp())).clamp(max=7) * up.clamp(-7, 7)
     assert (expected == 49).any() and (expected == -49).any()
@@ -318,6 +320,26 @@ def test_expert_map_leaves_out_absent_experts(rng):
     expert_map[held] = torch.arange(len(held), dtype=torch.int32)
     part = make_experts(Shape(), rng).part(held)
     assert_matches(part, make_batch(Shape(), rng), Options(expert_map=expert_map))
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["all", "expert_map"])
+def test_ids_that_are_no_expert_add_nothing(mapped, rng):
+    """As on GPUs: -1 is not the last expert, and nothing is read beyond the last. A
+    map's own entries beyond this rank's experts are none either."""
+    expert_map = torch.tensor([2, 0, -1, 1, 9, 3], dtype=torch.int32)
+    experts = make_experts(Shape(), rng)
+    batch = make_batch(Shape(), rng)
+    batch.topk_ids[::2, 0] = -1
+    batch.topk_ids[1::3, 1] = -7
+    batch.topk_ids[::3, 1] = 6
+    batch.topk_ids[::4, 2] = 2**31 - 1
+    batch.topk_ids[5] = -1
+    if mapped:
+        experts = experts.part([1, 3, 0, 5])
+        assert_matches(experts, batch, Options(expert_map=expert_map))
+    else:
+        assert_matches(experts, batch)
+    assert not run(experts, batch)[5].any()
 
 
 def test_expert_parallel_ranks_add_up(rng):

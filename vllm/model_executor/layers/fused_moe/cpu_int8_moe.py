@@ -3,9 +3,9 @@
 once."""
 
 import torch
-import torch.nn.functional as F
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.cpu_moe_utils import activate, sort_pairs
 from vllm.model_executor.layers.quantization.utils.cpu_int8_utils import (
     int8_mm,
     per_token_quant_int8,
@@ -13,8 +13,6 @@ from vllm.model_executor.layers.quantization.utils.cpu_int8_utils import (
 )
 from vllm.utils.torch_utils import direct_register_custom_op
 
-# The only limit of swiglustep that upstream's fused MoE knows.
-SWIGLUSTEP_LIMIT = 7.0
 ACTIVATIONS = (MoEActivation.SILU, MoEActivation.SWIGLUSTEP)
 
 
@@ -40,7 +38,7 @@ def cpu_int8_fused_experts(
         w2: [E, K, N] int8.
         topk_weights: [M, topk] float32.
         topk_ids: [M, topk], integer: experts of the model if there is an `expert_map`,
-            else of this rank.
+            else of this rank. An id that is no expert adds nothing.
         activation: one of `ACTIVATIONS`.
         apply_router_weight_on_input: weight the first product, not the second.
         expert_map: id in the model to id on this rank, -1 where it is absent.
@@ -95,29 +93,22 @@ def _cpu_int8_fused_experts(
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    # A pair is a token and one of its experts. Sorted, absent experts (-1) come first.
-    experts = topk_ids.flatten().long()
-    if expert_map is not None:
-        experts = expert_map[experts].long()
-    experts, order = experts.sort(stable=True)
-    num_absent = int((experts < 0).sum())
-    experts, order = experts[num_absent:], order[num_absent:]
-    tokens = order // topk_ids.shape[1]
-    router_weight = topk_weights.flatten()[order].unsqueeze(1)
+    pairs = sort_pairs(topk_weights, topk_ids, expert_map, w13.shape[0])
+    experts, tokens = pairs.experts, pairs.tokens
 
     x_q, x_scale = _quantize(hidden_states, a13_scale)
     x = _experts_mm(x_q[tokens], x_scale[tokens], experts, w13, w13_scale)
     if w13_bias is not None:
         x += w13_bias[experts]
     if apply_router_weight_on_input:
-        x *= router_weight
+        x *= pairs.weights
 
-    x_q, x_scale = _quantize(_activate(activation, x), a2_scale)
+    x_q, x_scale = _quantize(activate(activation, x), a2_scale)
     x = _experts_mm(x_q, x_scale, experts, w2, w2_scale)
     if w2_bias is not None:
         x += w2_bias[experts]
     if not apply_router_weight_on_input:
-        x *= router_weight
+        x *= pairs.weights
 
     out = torch.zeros_like(hidden_states, dtype=torch.float32)
     return out.index_add_(0, tokens, x).to(hidden_states.dtype)
@@ -155,15 +146,6 @@ def _quantize(
     if static_scale is None:
         return per_token_quant_int8(x)
     return static_per_tensor_quant_int8(x, static_scale)
-
-
-def _activate(activation: str, gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = F.silu(gate)
-    if activation == MoEActivation.SWIGLUSTEP.value:
-        gate = gate.clamp(max=SWIGLUSTEP_LIMIT)
-        up = up.clamp(-SWIGLUSTEP_LIMIT, SWIGLUSTEP_LIMIT)
-    return gate * up
 
 
 def _cpu_int8_fused_experts_fake(hidden_states: torch.Tensor, *_) -> torch.Tensor:
