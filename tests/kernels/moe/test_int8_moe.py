@@ -24,7 +24,12 @@ from vllm.model_executor.kernels.int8_triton import is_hopper
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_hopper
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEConfig,
+    FusedMoEParallelConfig,
+    FusedMoEQuantConfig,
+    RoutingMethodType,
+)
 from vllm.model_executor.layers.fused_moe.int8_moe import int8_fused_experts, prepare
 from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
     Config,
@@ -508,6 +513,56 @@ def test_real_shapes_and_graph(num_tokens: int, dtype: torch.dtype) -> None:
     check(out, reference(layer, case), rare=num_tokens // 1000)
 
 
+# --- where the engine applies them ---
+
+
+def moe_config(case: Case, **options: Any) -> FusedMoEConfig:
+    config = FusedMoEConfig(
+        num_experts=case.num_experts,
+        experts_per_token=case.top_k,
+        hidden_dim=case.hidden,
+        intermediate_size_per_partition=case.width,
+        num_local_experts=case.num_experts,
+        num_logical_experts=case.num_experts,
+        activation=case.activation,
+        device=DEVICE,
+        routing_method=RoutingMethodType.Unspecified,
+        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+        in_dtype=case.dtype,
+    )
+    for name, value in options.items():
+        setattr(config, name, value)
+    return config
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, is_cuda: bool, capability: int) -> None:
+    """A GPU, and upstream's kernel for it that says that it was asked."""
+    platform = SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: is_cuda,
+        is_device_capability=lambda asked: asked == capability,
+    )
+    for module in (quark_moe, int8_triton):
+        monkeypatch.setattr(module, "current_platform", platform)
+    monkeypatch.setattr(fused_moe, "fused_experts", lambda *_, **__: "upstream's")
+
+
+def apply(made: Layer, case: Case, moe: FusedMoEConfig) -> Tensor | str:
+    """What Quark's method makes of the layer."""
+    method = QuarkW8A8Int8MoEMethod.__new__(QuarkW8A8Int8MoEMethod)
+    method.moe = moe
+    method.moe_quant_config = made.quant_config
+    layer = SimpleNamespace(
+        w13_weight=made.w13,
+        w2_weight=made.w2,
+        activation=case.activation,
+        apply_router_weight_on_input=False,
+        expert_map=None,
+        global_num_experts=case.num_experts,
+    )
+    return method.apply(layer, made.x, made.topk_weights, made.topk_ids, None)
+
+
 @pytest.mark.parametrize(
     "backend, is_cuda, capability, is_used",
     [
@@ -528,29 +583,114 @@ def test_quark_method_uses_it(
     """On Hopper, unless the user asks for upstream's kernel."""
     case = Case(num_tokens=2)
     made = make(case)
-    platform = SimpleNamespace(
-        is_cpu=lambda: False,
-        is_cuda=lambda: is_cuda,
-        is_device_capability=lambda asked: asked == capability,
-    )
-    for module in (quark_moe, int8_triton):
-        monkeypatch.setattr(module, "current_platform", platform)
-    monkeypatch.setattr(fused_moe, "fused_experts", lambda *_, **__: "upstream's")
-    method = QuarkW8A8Int8MoEMethod.__new__(QuarkW8A8Int8MoEMethod)
-    method.moe = SimpleNamespace(
-        moe_backend=backend, activation=SILU, disable_inplace=True
-    )
-    method.moe_quant_config = made.quant_config
-    layer = SimpleNamespace(
-        w13_weight=made.w13,
-        w2_weight=made.w2,
-        activation=SILU,
-        apply_router_weight_on_input=False,
-        expert_map=None,
-        global_num_experts=case.num_experts,
-    )
-    out = method.apply(layer, made.x, made.topk_weights, made.topk_ids, None)
+    pretend(monkeypatch, is_cuda, capability)
+    out = apply(made, case, moe_config(case, moe_backend=backend))
     if is_used:
         check(out, reference(made, case))
     else:
         assert out == "upstream's"
+
+
+def on_meta(case: Case, gated: bool, rng: torch.Generator) -> Layer:
+    """The layer without memory, with scales of either kind."""
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    num, width, hidden = case.num_experts, case.width, case.hidden
+    rows = 2 * width if gated else width
+    return Layer(
+        empty(case.num_tokens, hidden, dtype=case.dtype),
+        empty(num, rows, hidden, dtype=torch.int8),
+        empty(num, hidden, width, dtype=torch.int8),
+        empty(case.num_tokens, case.top_k),
+        empty(case.num_tokens, case.top_k, dtype=torch.int32),
+        None,
+        FusedMoEQuantConfig.make(
+            torch.int8,
+            w1_scale=empty(num) if case.per_tensor else empty(num, rows, 1),
+            w2_scale=empty(num) if case.per_tensor else empty(num, hidden, 1),
+            a1_scale=empty() if case.static else None,
+            a2_scale=empty() if case.static else None,
+            per_act_token_quant=not case.static,
+        ),
+    )
+
+
+def test_serves_what_it_knows(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of random layers each that is served passes the kernels' own check; each other
+    goes to upstream's kernel, and no two conditions but these decide."""
+    pretend(monkeypatch, True, 90)
+
+    def choose(*values: Any) -> Any:
+        return values[int(torch.randint(len(values), (), generator=rng))]
+
+    outcomes = set()
+    for _ in range(1000):
+        case = Case(
+            width=choose(16, 48, 88, 160, 176, 1280, 1288, 7),
+            hidden=choose(64, 4096, 5120, 2880, 4104, 7168, 100),
+            dtype=choose(*int8_moe.DTYPES, torch.float64),
+            activation=choose(*int8_moe.ACTIVATIONS, *MoEActivation),
+            per_tensor=choose(True, False),
+            static=choose(True, False),
+        )
+        gated = choose(True, True, True, False)
+        made = on_meta(case, gated, rng)
+        moe = moe_config(case, is_act_and_mul=gated)
+        try:
+            knows = case.activation in int8_moe.ACTIVATIONS
+            int8_moe._check(made.x, made.w13, made.w2, made.topk_ids, made.quant_config)
+        except ValueError:
+            knows = False
+        assert int8_moe.serves(moe) == knows, (case, gated)
+        out = apply(made, case, moe)
+        if knows:
+            assert isinstance(out, Tensor) and out.shape == made.x.shape
+        else:
+            assert out == "upstream's"
+        outcomes.add((knows, case.width % 16 == 0, case.hidden % 16 == 0, gated))
+    assert {known for known, *_ in outcomes} == {True, False}
+
+
+def test_width_of_a_sixteenth_goes_to_upstreams_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1408 columns over 16 ranks."""
+    pretend(monkeypatch, True, 90)
+    case = Case(width=1408 // 16)
+    assert apply(make(case), case, moe_config(case)) == "upstream's"
+    assert int8_moe.why_not(moe_config(case)) == (
+        "the hidden size 64 and a rank's width 88 are not both multiples of 16"
+    )
+
+
+def test_layers_that_are_not_to_depend_on_the_batch_go_to_upstreams_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch, True, 90)
+    case = Case()
+    assert int8_moe.serves(moe_config(case))
+    monkeypatch.setattr(int8_moe.envs, "VLLM_BATCH_INVARIANT", True)
+    assert apply(make(case), case, moe_config(case)) == "upstream's"
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError])
+def test_triton_without_gluon_goes_to_upstreams_kernel(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gluon is wanted for many tokens alone: the first of them would be too late."""
+
+    def missing() -> None:
+        raise error("triton.experimental.gluon")
+
+    pretend(monkeypatch, True, 90)
+    monkeypatch.setattr(int8_moe, "_hopper", missing)
+    int8_moe._import_hopper.cache_clear()
+    try:
+        case = Case()
+        assert apply(make(case), case, moe_config(case)) == "upstream's"
+    finally:
+        int8_moe._import_hopper.cache_clear()

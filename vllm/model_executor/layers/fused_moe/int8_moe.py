@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """INT8 (W8A8) fused MoE in Triton: the layer, a registered torch op."""
 
+import functools
 from typing import Any
 
 import torch
+import vllm.envs as envs
 from vllm.model_executor.kernels.int8_triton import (
     has_dot4,
     is_hopper,
@@ -32,6 +34,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 SWIGLUSTEP_LIMIT = 7.0
 ACTIVATIONS = (MoEActivation.SILU, MoEActivation.SWIGLUSTEP)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Of the hidden size and the width: int8 in whole vectors of 16 bytes.
+_SIZES_STEP = 16
 
 # Pairs that one program of the sorting kernels places, and up to how many pairs each
 # program looks at all of them.
@@ -45,9 +49,54 @@ _PART_COLUMNS = 512
 
 
 def serves(moe: FusedMoEConfig) -> bool:
-    """Whether the engine applies these INT8 experts with the kernels of this module:
-    on Hopper, where they were measured, unless --moe-backend asks for others."""
-    return moe.moe_backend == "auto" and is_hopper() and moe.activation in ACTIVATIONS
+    """Whether the engine applies these INT8 experts with the kernels of this module."""
+    return why_not(moe) is None
+
+
+def why_not(moe: FusedMoEConfig) -> str | None:
+    """Why the engine leaves these INT8 experts to upstream's kernel; None where it does
+    not: on Hopper, where the kernels were measured, unless the user asks for others, or
+    the kernels do not know the layer."""
+    if not is_hopper():
+        return "this is no Hopper GPU"
+    if moe.moe_backend != "auto":
+        return f"--moe-backend is {moe.moe_backend}"
+    if envs.VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT is set, and their tiles depend on the batch"
+    if not _has_gluon():
+        return "this Triton has no Gluon that they can be written in"
+    if moe.activation not in ACTIVATIONS or not moe.is_act_and_mul:
+        gated = "" if moe.is_act_and_mul else " without gates"
+        return f"they do not know the activation {moe.activation.value}{gated}"
+    if moe.in_dtype not in DTYPES:
+        return f"they do not know the dtype {moe.in_dtype}"
+    hidden_size, width = moe.hidden_dim, moe.intermediate_size_per_partition
+    if not _knows_sizes(hidden_size, width):
+        return (
+            f"the hidden size {hidden_size} and a rank's width {width} are not both "
+            f"multiples of {_SIZES_STEP}"
+        )
+    return None
+
+
+# torch.compile would look into the import.
+@torch.compiler.assume_constant_result
+def _has_gluon() -> bool:
+    return _import_hopper()
+
+
+@functools.cache
+def _import_hopper() -> bool:
+    try:
+        _hopper()
+    # Gluon is experimental: names come and go.
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def _knows_sizes(hidden_size: int, width: int) -> bool:
+    return hidden_size % _SIZES_STEP == 0 and width % _SIZES_STEP == 0
 
 
 def int8_fused_experts(
@@ -141,8 +190,8 @@ def _check(
         expect(
             "hidden_states' dtype", hidden_states.dtype, " or ".join(map(str, DTYPES))
         )
-    if hidden_size % 16 or width % 16:
-        expect("sizes", [hidden_size, width], "multiples of 16")
+    if not _knows_sizes(hidden_size, width):
+        expect("sizes", [hidden_size, width], f"multiples of {_SIZES_STEP}")
     for name, scale, channels in (
         ("w1_scale", quant_config.w1_scale, 2 * width),
         ("w2_scale", quant_config.w2_scale, hidden_size),
