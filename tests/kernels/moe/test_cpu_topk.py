@@ -3,11 +3,15 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import vllm._custom_ops as ops
 from torch import Tensor
+from vllm.distributed.eplb.eplb_state import EplbLayerState
+from vllm.model_executor.layers.fused_moe import fused_moe
+from vllm.model_executor.layers.fused_moe.router import grouped_topk_router
 from vllm.model_executor.layers.fused_moe.router.cpu_topk import (
     topk_sigmoid,
     topk_softmax,
@@ -16,6 +20,9 @@ from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
     fused_topk_bias,
 )
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
+from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import (
+    GroupedTopKRouter,
+)
 from vllm.platforms import current_platform
 
 pytestmark = pytest.mark.skipif(
@@ -40,7 +47,11 @@ def in_float64(
     weights, ids = [], []
     for row in logits.double():
         exps = row.exp()
-        scores = exps / exps.sum() if scoring_func == "softmax" else exps / (1 + exps)
+        scores = {
+            "softmax": exps / exps.sum(),
+            "sigmoid": exps / (1 + exps),
+            "sqrtsoftplus": (1 + exps).log().sqrt(),
+        }[scoring_func]
         biased = scores if bias is None else scores + bias.double()
         best = sorted(range(len(row)), key=lambda e: (-biased[e].item(), e))[:top_k]
         chosen = scores[best]
@@ -49,7 +60,7 @@ def in_float64(
     return torch.stack(weights), torch.tensor(ids)
 
 
-@each_scoring_func
+@pytest.mark.parametrize("scoring_func", [*TOPK, "sqrtsoftplus"])
 @each_renormalize
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", [0, 1, 33])
@@ -87,6 +98,110 @@ def test_router_without_bias_matches_float64(scoring_func, renormalize, rng):
     assert ids.dtype == torch.int64
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
+
+
+@each_renormalize
+def test_router_by_token_matches_float64(renormalize, rng):
+    """DeepSeek-V4's first layers: a table says each token's experts."""
+    logits = torch.randn(33, 16, generator=rng)
+    table = torch.rand(100, 16, generator=rng).argsort()[:, :4]
+    tokens = torch.randint(100, (33,), generator=rng)
+    weights, ids = fused_topk_bias(
+        hidden_states=torch.empty(33, 1),
+        gating_output=logits,
+        scoring_func="sqrtsoftplus",
+        e_score_correction_bias=None,
+        topk=4,
+        renormalize=renormalize,
+        input_tokens=tokens,
+        hash_indices_table=table.int(),
+        routed_scaling_factor=1.5,
+    )
+    expected, all_ids = in_float64(logits, "sqrtsoftplus", 16, False, None)
+    expected = expected.gather(1, all_ids.argsort()).gather(1, table[tokens])
+    if renormalize:
+        expected /= expected.sum(1, keepdim=True)
+    assert torch.equal(ids.long(), table[tokens])
+    torch.testing.assert_close(weights.double(), 1.5 * expected, rtol=1e-5, atol=0)
+
+
+def grouped_router(
+    top_k: int, bias: Tensor | None, scoring_func: str
+) -> GroupedTopKRouter:
+    """Of 32 experts in eight groups, of which the best three count."""
+    return GroupedTopKRouter(
+        top_k,
+        32,
+        EplbLayerState(),
+        num_expert_group=8,
+        topk_group=3,
+        scoring_func=scoring_func,
+        routed_scaling_factor=2.5,
+        e_score_correction_bias=bias,
+    )
+
+
+@each_scoring_func
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_router_of_groups_matches_float64(scoring_func, has_bias, dtype, rng):
+    """Nothing is compiled, and scores are float32 whatever the logits."""
+    # No two alike, which may come in any order.
+    logits = (torch.rand(33, 32, generator=rng).argsort() / 8 - 2).to(dtype)
+    bias = torch.randn(32, generator=rng) if has_bias else None
+    router = grouped_router(4, bias, scoring_func)
+    with patch.object(grouped_topk_router, "grouped_topk", pytest.fail):
+        weights, ids = router.select_experts(torch.empty(33, 1), logits)
+
+    scores, all_ids = in_float64(logits, scoring_func, 32, False, None)
+    scores = scores.gather(1, all_ids.argsort())
+    biased = scores if bias is None else scores + bias.double()
+    # A group is worth its best expert, or with a bias its two best.
+    worth = biased.view(33, 8, 4).topk(2 if has_bias else 1).values.sum(-1)
+    left_out = worth < worth.topk(3).values[:, -1:]
+    biased = biased.masked_fill(left_out.repeat_interleave(4, dim=1), -torch.inf)
+    expected_ids = biased.topk(4).indices.sort().values
+    expected = scores.gather(1, expected_ids)
+    expected *= 2.5 / expected.sum(1, keepdim=True)
+    ids, order = ids.long().sort()
+    assert torch.equal(ids, expected_ids)
+    weights = weights.gather(1, order)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_other_platforms_keep_their_router_of_groups(monkeypatch):
+    calls = []
+    gpu = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setattr(grouped_topk_router, "current_platform", gpu)
+    monkeypatch.setattr(
+        grouped_topk_router, "grouped_topk", lambda **asked: (calls.append(asked), None)
+    )
+    grouped_router(4, None, "softmax")._compute_routing(
+        torch.empty(3, 1), torch.empty(3, 32), None
+    )
+    [asked] = calls
+    assert (asked["topk"], asked["routed_scaling_factor"]) == (4, 2.5)
+
+
+def test_experts_without_weights_pass_the_token_on(rng):
+    """LongCat-Flash's: those after the others."""
+    x = torch.randn(33, 48, generator=rng).bfloat16()
+    ids = torch.randint(12, (33, 3), generator=rng)
+    weights = torch.rand(33, 3, generator=rng)
+    out = fused_moe.zero_experts_compute_triton(
+        ids.clone(), weights.clone(), 8, "identity", x
+    )
+    expected = torch.zeros(33, 48, dtype=torch.float64)
+    for token, slot in (ids >= 8).nonzero().tolist():
+        expected[token] += weights[token, slot].double() * x[token].double()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=0)
+
+
+def test_other_experts_without_weights_are_refused():
+    nothing = torch.empty(0, 1)
+    with pytest.raises(NotImplementedError, match="expected .* identity, found copy"):
+        fused_moe.zero_experts_compute_triton(nothing, nothing, 8, "copy", nothing)
 
 
 def route(

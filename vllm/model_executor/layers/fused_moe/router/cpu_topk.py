@@ -2,6 +2,7 @@
 """Top-k routing on a CPU: what the operators of these names do on GPUs, in torch."""
 
 import torch
+import torch.nn.functional as F
 
 
 def topk_softmax(
@@ -40,17 +41,70 @@ def topk_sigmoid(
     _choose(topk_weights, topk_ids, scores, renormalize, e_score_correction_bias)
 
 
+def topk_softplus_sqrt(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gating_output: torch.Tensor,
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    e_score_correction_bias: torch.Tensor | None = None,
+    input_tokens: torch.Tensor | None = None,
+    hash_indices_table: torch.Tensor | None = None,
+) -> None:
+    """Like `topk_softmax`, with scores sqrt(log(1 + exp(logit))); their weights are
+    scaled here.
+
+    Args:
+        input_tokens: [M], integer, and hash_indices_table: [vocabulary, topk], integer:
+            each token's experts in place of those with the highest scores.
+    """
+    scores = F.softplus(gating_output.float()).sqrt()
+    chosen = None
+    if hash_indices_table is not None:
+        assert input_tokens is not None
+        chosen = hash_indices_table[input_tokens].long()
+    _choose(
+        topk_weights, topk_ids, scores, renormalize, e_score_correction_bias, chosen
+    )
+    topk_weights *= routed_scaling_factor
+
+
+def zero_experts(
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    num_experts: int,
+    zero_expert_type: str,
+    hidden_states: torch.Tensor,
+) -> torch.Tensor:
+    """What the experts without weights add: hidden_states, [M, K], times the weights,
+    [M, topk], of ids from num_experts up.
+
+    Raises:
+        NotImplementedError: experts that are not the identity.
+    """
+    if zero_expert_type != "identity":
+        raise NotImplementedError(
+            "experts without weights on a CPU: expected zero_expert_type identity, "
+            f"found {zero_expert_type}; run this model on a GPU"
+        )
+    weights = topk_weights.float().where(topk_ids >= num_experts, 0.0)
+    total = weights.sum(dim=-1, keepdim=True)
+    return (hidden_states.float() * total).to(hidden_states.dtype)
+
+
 def _choose(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     scores: torch.Tensor,
     renormalize: bool,
     bias: torch.Tensor | None,
+    chosen: torch.Tensor | None = None,
 ) -> None:
-    biased = scores if bias is None else scores + bias.float()
-    # Not torch.topk, which takes equal scores in any order.
-    ranking = biased.argsort(dim=-1, descending=True, stable=True)
-    chosen = ranking[:, : topk_ids.shape[1]]
+    if chosen is None:
+        biased = scores if bias is None else scores + bias.float()
+        # Not torch.topk, which takes equal scores in any order.
+        ranking = biased.argsort(dim=-1, descending=True, stable=True)
+        chosen = ranking[:, : topk_ids.shape[1]]
     weights = scores.gather(1, chosen)
     if renormalize:
         # Scores that have all underflowed to zero stay zero.
