@@ -173,9 +173,12 @@ def test_other_platforms_keep_their_router_of_groups(monkeypatch):
     calls = []
     gpu = SimpleNamespace(is_cpu=lambda: False)
     monkeypatch.setattr(grouped_topk_router, "current_platform", gpu)
-    monkeypatch.setattr(
-        grouped_topk_router, "grouped_topk", lambda **asked: (calls.append(asked), None)
-    )
+
+    def grouped_topk(**asked: Any) -> tuple[None, None]:
+        calls.append(asked)
+        return None, None
+
+    monkeypatch.setattr(grouped_topk_router, "grouped_topk", grouped_topk)
     grouped_router(4, None, "softmax")._compute_routing(
         torch.empty(3, 1), torch.empty(3, 32), None
     )

@@ -586,6 +586,7 @@ def test_quark_method_uses_it(
     pretend(monkeypatch, is_cuda, capability)
     out = apply(made, case, moe_config(case, moe_backend=backend))
     if is_used:
+        assert isinstance(out, Tensor)
         check(out, reference(made, case))
     else:
         assert out == "upstream's"
