@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quark's rules: which entry of a config names which module."""
 
+import time
 from typing import Any
 
 import pytest
@@ -164,3 +165,12 @@ def test_mixed_shards_names_both_sides():
 )
 def test_has_int8(quark, expected):
     assert has_int8(quark) is expected
+
+
+def test_expression_that_does_not_end_is_named():
+    """vLLM's own library of expressions gives up after a second."""
+    pytest.importorskip("regex", reason="only it has a limit; vLLM brings it")
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"entry 're:\(a\|aa\)\+\$' .* takes over 1 s"):
+        matches("a" * 60 + "!", "re:(a|aa)+$")
+    assert time.process_time() - started < 5

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm.model_executor.layers.quantization.quark.checkpoint import TensorInfo
 from vllm.model_executor.layers.quantization.quark.problems import (
@@ -163,6 +163,17 @@ def config_problems(config: Config) -> Iterator[Problem]:
             "real_quantized",
             "'fake_quantized'",
         )
+
+
+def number_problems(settings: Mapping[str, Any], at: str = "") -> Iterator[Problem]:
+    """Whole numbers of config.json that are beyond all that a computer counts with."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from number_problems(value, f"{at}{key}.")
+        elif isinstance(value, int) and abs(value) >= 1 << 63:
+            name = f"config.json, {at}{key}"
+            found = f"one of {value.bit_length()} bits"
+            yield Problem("config-unreadable", name, "a number of 64 bits", found)
 
 
 def _is_names(value: object) -> bool:

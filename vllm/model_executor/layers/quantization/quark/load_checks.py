@@ -47,6 +47,7 @@ from vllm.model_executor.layers.quantization.quark.export import (
     expert_of,
     int8_with_scales,
     must_be_zero,
+    number_problems,
 )
 from vllm.model_executor.layers.quantization.quark.problems import (
     EXPORT_AGAIN,
@@ -142,7 +143,12 @@ class Checks:
         if self.export is None:
             return None
         if isinstance(layer, FusedMoE):
+            is_new = self.export.asked(prefix) is None
             found = self.export.experts(prefix)
+            if is_new and found is not None:
+                problem = _count_problem(prefix, layer, found)
+                if problem is not None:
+                    self.report(problem)
         elif isinstance(layer, LinearBase):
             found = self.export.linear(prefix, packed)
         else:
@@ -193,7 +199,12 @@ def check_model(model_config: ModelConfig, quant_config: "QuarkConfig") -> None:
     if Path(model_config.model).is_dir():
         read_checkpoint(Path(model_config.model))
     checks = Checks(model_config.model, model_config.revision, config)
-    for problem in (*config_problems(config), *_architecture_problems(model_config)):
+    settings = model_config.hf_config.to_dict()
+    for problem in (
+        *number_problems(settings),
+        *config_problems(config),
+        *_architecture_problems(model_config),
+    ):
         checks.report(problem)
     checks.log()
     quant_config.checks = checks
@@ -319,7 +330,6 @@ def _check_shapes(model: nn.Module, checks: Checks) -> None:
     for prefix, module, layer in _layers(model, checks):
         if isinstance(module, FusedMoE):
             expected = [_expert_shapes(module, layer)] * len(layer.weights)
-            _check_count(prefix, module, layer, checks)
         else:
             expected = _linear_shapes(module, len(layer.weights))
         for stored, shapes in zip(layer.weights, expected, strict=False):
@@ -353,7 +363,7 @@ def _linear_shapes(module: Any, count: int) -> list[set[tuple[int, ...]]]:
     return [{(size, module.input_size)} for size in sizes]
 
 
-def _expert_shapes(module: Any, layer: Layer) -> set[tuple[int, ...]]:
+def _expert_shapes(module: Any, layer: Layer) -> set[Any]:
     """The shapes [N, K] that the weights of an expert have in the checkpoint: gate, up
     and down, or gate and up as one."""
     width = module.moe_config.intermediate_size_per_partition_unpadded * module.tp_size
@@ -364,24 +374,31 @@ def _expert_shapes(module: Any, layer: Layer) -> set[tuple[int, ...]]:
     return shapes if is_whole else shapes | {(2 * width, hidden)}
 
 
-def _check_count(prefix: str, module: FusedMoE, layer: Layer, checks: Checks) -> None:
-    """Every expert of the model is there."""
-    count = module.logical_num_experts
+def _count_problem(prefix: str, module: FusedMoE, layer: Layer) -> Problem | None:
+    """Whether an expert of the model is missing: found before memory is taken for as
+    many as config.json claims."""
+    count = getattr(module, "logical_num_experts", None)
+    if count is None:
+        return None
     held: set[int] = set()
     for stored in layer.weights:
         if expert := expert_of(f"{stored.module}."):
             held.add(expert[1])
         elif len(stored.weight.shape) == 3:
-            held.update(range(min(stored.weight.shape[0], count)))
-    if missing := sorted(set(range(count)) - held):
-        checks.report(
-            Problem(
-                "experts-miscounted",
-                prefix,
-                f"experts 0 to {count - 1}, as config.json has it",
-                f"{len(held & set(range(count)))}: {missing[0]} is missing",
-            )
-        )
+            num_stacked = stored.weight.shape[0]
+            if num_stacked < count:
+                return _missing(prefix, count, num_stacked, num_stacked)
+    missing = next((each for each in range(count) if each not in held), None)
+    if not held or missing is None:
+        return None
+    return _missing(prefix, count, sum(each < count for each in held), missing)
+
+
+def _missing(prefix: str, count: int, found: int, missing: int) -> Problem:
+    expected = f"experts 0 to {count - 1}, as config.json has it"
+    return Problem(
+        "experts-miscounted", prefix, expected, f"{found}: {missing} is missing"
+    )
 
 
 # --- the numbers of scales and zero points ------------------------------------------
