@@ -50,8 +50,9 @@ wheel: $(WHEEL) ## build the fork's wheel into dist/
 demo: $(FORK_READY) ## serve a Quark INT8 export: right answers against garbage
 	$(BIN)/python -m examples.quark_int8_demo
 
-matrix: $(FORK_READY) ## run every kind of export: right, refused or garbage
+matrix: $(FORK_READY) ## run every kind of export, and many families: right, refused or garbage
 	$(BIN)/python -m examples.matrix $(if $(STOCK),--stock $(STOCK))
+	$(BIN)/python -m examples.families $(if $(STOCK),--stock $(STOCK))
 
 test: $(FORK_READY) ## run the tests
 	$(BIN)/pytest $(PYTEST_FLAGS)

@@ -85,13 +85,16 @@ def ask(
     package: Path | None,
     script: Path | None = None,
     tensor_parallel_size: int = 1,
+    env: Mapping[str, str] | None = None,
+    seconds: float = math.inf,
 ) -> Generator[tuple[str, Answers], None, None]:
     """Names and answers of the checkpoints by a build, in order, as they come.
 
     `script` does what ask_checkpoints.py, which stands for None, does in another way.
+    `env` holds further environment variables.
 
-    Where a checkpoint ends the process, its answer is an error and another process goes
-    on with the rest.
+    Where a checkpoint ends the process or takes longer than so many seconds, its answer
+    is an error and another process goes on with the rest.
     """
     folder = WORK / build
     shutil.rmtree(folder, ignore_errors=True)
@@ -109,10 +112,11 @@ def ask(
         with log.open("w") as file:
             process = subprocess.Popen(
                 [sys.executable, script or SCRIPT, job, folder],
-                env=environment(package),
+                env=environment(package) | dict(env or {}),
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
+        last_answer = time.monotonic()
         try:
             while left:
                 name = next(iter(left))
@@ -123,10 +127,16 @@ def ask(
                 elif ended:
                     said = f"ended with status {process.returncode}; see {log}"
                     yield name, {"error": said, "loaded": True}
+                elif time.monotonic() - last_answer > seconds:
+                    process.kill()
+                    ended = True
+                    said = f"no answer in {seconds:.0f} s; see {log}"
+                    yield name, {"error": said, "loaded": True}
                 else:
                     time.sleep(0.2)
                     continue
                 del left[name]
+                last_answer = time.monotonic()
                 if ended and not answers.exists():
                     break
         finally:
@@ -138,12 +148,24 @@ def ask(
 def compare(reference: torch.Tensor, answers: Answers) -> dict[str, Any]:
     """Figures of one run against the reference, [prompts, vocab].
 
-    exact_match: share of the questions whose answer is right. top1: how often both put
-    the same token first. overlap20: the share of the reference's 20 likeliest tokens
-    that are among the run's. mean_abs_dlogprob: over the reference's 20 likeliest; None
-    if the run has no finite value there.
+    exact_match: share of the questions whose answer is right; and `compare_logprobs`.
     """
-    rows = answers["logprobs"]
+    exact_match = addition.exact_match(QUESTIONS, answers["texts"])
+    return {
+        "exact_match": exact_match,
+        **compare_logprobs(reference, answers["logprobs"]),
+    }
+
+
+def compare_logprobs(
+    reference: torch.Tensor, rows: Sequence[Sequence[float | None]]
+) -> dict[str, Any]:
+    """Figures of a run's rows, None where not finite, against the reference's.
+
+    top1: how often both put the same token first. overlap20: the share of the
+    reference's 20 likeliest tokens that are among the run's. mean_abs_dlogprob: over
+    the reference's 20 likeliest; None if the run has no finite value there.
+    """
     values = [[-math.inf if x is None else x for x in row] for row in rows]
     found = torch.tensor(values, dtype=torch.float64)
     wanted = reference.double()
@@ -158,7 +180,6 @@ def compare(reference: torch.Tensor, answers: Answers) -> dict[str, Any]:
     delta = (found - wanted).abs().gather(1, likeliest)
     delta = delta[delta.isfinite()]
     return {
-        "exact_match": addition.exact_match(QUESTIONS, answers["texts"]),
         "top1": first.double().mean().item(),
         "overlap20": shared.double().mean().item(),
         "mean_abs_dlogprob": delta.mean().item() if len(delta) else None,

@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the exports of tests/fixtures/families.py through two builds of vLLM.
+
+    python -m examples.families [--stock FOLDER] [FAMILY | FAMILY--EXPORT ...]
+
+Writes build/families.json, and docs/families.md where all families were run. The
+builds are those of examples/matrix.py; the unquantized model is asked of stock first.
+Exits with 1 where the fork answers garbage, or not right what stock answers right, or
+where quark-check says otherwise than what happened.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from examples.compare_builds import (
+    ROOT,
+    TOP,
+    Answers,
+    ask,
+    compare_logprobs,
+    device_name,
+    environment,
+)
+from examples.matrix import STOCK_ON_CPU
+from tests.fixtures import families
+from tests.fixtures.families import FAMILIES, Family
+from tools.fix import CPU_PATCHES
+from tools.mutants import install_only
+
+WORK = ROOT / "build/families"
+JSON, MARKDOWN = ROOT / "build/families.json", ROOT / "docs/families.md"
+
+NUM_PROMPTS = 64
+SECONDS = 180  # for an engine to start and answer, and for one look of quark-check
+
+# How far an overlap may lie below what the reference has with itself, computed with
+# activations in INT8 and products in bfloat16: the noise of a mean of so many prompts,
+# in standard errors, and what an engine rounds to bfloat16 beside products.
+BAR_ERRORS, BAR_BFLOAT16 = 4, 0.01
+
+TRANSFORMERS = f"transformers {version('transformers')}, float32"
+DEQUANTIZED = f"{TRANSFORMERS}, dequantized weights"
+STOCK_FLOAT = "stock vLLM, unquantized: it differs from transformers here"
+COLOURS = {"right": "green", "garbage": "red", "refused": "yellow", "needs": "dim"}
+
+# The command beside the installed vLLM, and the script by itself.
+CHECKS: dict[str, list[str]] = {
+    "installed": ["-m", "vllm.entrypoints.cli.main", "quark-check"],
+    "alone": [str(ROOT / "vllm/entrypoints/cli/quark_check.py")],
+}
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One export, or the unquantized model, with the answers that it should give.
+
+    dequantized, unquantized: log probabilities float32 [prompts, vocab] of
+    transformers. bars: the least overlap with each of the two that counts as right.
+    """
+
+    family: Family
+    export: str
+    folder: Path
+    dequantized: Tensor
+    unquantized: Tensor
+    bars: tuple[float, float]
+
+    @property
+    def key(self) -> str:
+        return f"{self.family.name}--{self.export}"
+
+
+def overlaps(reference: Tensor, found: Tensor) -> Tensor:
+    """Of each prompt the share of the likeliest tokens that both have, [prompts]."""
+    likeliest, of_found = (each.topk(TOP).indices for each in (reference, found))
+    return (likeliest[:, :, None] == of_found[:, None, :]).any(-1).double().mean(-1)
+
+
+def bar(reference: Tensor, rounded: Tensor) -> float:
+    """What counts as right, from the reference and the same computed as coarsely as
+    an engine does."""
+    each = overlaps(reference, rounded)
+    error = each.std().item() / math.sqrt(len(each))
+    return each.mean().item() - BAR_ERRORS * error - BAR_BFLOAT16
+
+
+def make_cells(
+    family: Family, prompts: Sequence[Sequence[int]], exports: Sequence[str] | None
+) -> Iterator[Cell]:
+    """Write a family's exports, the unquantized model first."""
+    plain = families.float_export(family)
+    unquantized = families.logprobs(families.reference(plain), prompts)
+    for name in (families.FLOAT, *families.exports(family)):
+        if exports is not None and name not in (families.FLOAT, *exports):
+            continue
+        export = families.make_export(family, name)
+        model = families.reference(export)
+        dequantized = families.logprobs(model, prompts)
+        with families.Rounded(model):
+            rounded = families.logprobs(model, prompts)
+        yield Cell(
+            family,
+            name,
+            export.write(WORK / f"{family.name}--{name}"),
+            dequantized,
+            unquantized,
+            (bar(dequantized, rounded), bar(unquantized, rounded)),
+        )
+
+
+def ask_all(
+    build: str,
+    cells: Sequence[Cell],
+    prompts: Sequence[Sequence[int]],
+    package: Path | None,
+) -> dict[str, Answers]:
+    """A build's answers by cell. Families that want the same environment share
+    processes."""
+    answers: dict[str, Answers] = {}
+    by_env: dict[tuple[tuple[str, str], ...], dict[str, Path]] = defaultdict(dict)
+    for cell in cells:
+        by_env[tuple(cell.family.env.items())][cell.key] = cell.folder
+    for env, folders in by_env.items():
+        asked = ask(
+            f"families-{build}",
+            folders,
+            prompts,
+            package,
+            env=dict(env),
+            seconds=SECONDS,
+        )
+        for key, one in asked:
+            answers[key] = one
+            said = one.get("error", "answered")
+            console.print(Text(f"{build} {key}: {said[:160]}"), soft_wrap=True)
+    return answers
+
+
+def judge(cell: Cell, answers: Answers, control: Answers) -> dict[str, Any]:
+    """The outcome, and the overlaps it rests on.
+
+    The control is what stock answers unquantized. Where that is not what transformers
+    answers, rounding to INT8 is not at fault, and it takes transformers' place. Where
+    it ends with the same error, no export of the family can run here.
+    """
+    if error := answers.get("error"):
+        is_same = error == control.get("error") and not torch.cuda.is_available()
+        return {"outcome": f"{'needs a GPU' if is_same else 'refused'}: {error}"}
+    rows = answers["logprobs"]
+    reference, least = cell.dequantized, cell.bars[0]
+    said = DEQUANTIZED if cell.export != families.FLOAT else TRANSFORMERS
+    if cell.export != families.FLOAT and "error" not in control:
+        of_control = compare_logprobs(cell.unquantized, control["logprobs"])
+        if of_control["overlap20"] < control["bar"]:
+            values = [
+                [-math.inf if x is None else x for x in r] for r in control["logprobs"]
+            ]
+            reference, least, said = torch.tensor(values), cell.bars[1], STOCK_FLOAT
+    found = compare_logprobs(reference, rows)
+    is_finite = all(value is not None for row in rows for value in row)
+    is_right = is_finite and found["overlap20"] >= least
+    return {
+        "outcome": "right" if is_right else "garbage",
+        "overlap20": found["overlap20"],
+        "overlap20_unquantized": compare_logprobs(cell.unquantized, rows)["overlap20"],
+        "bar": least,
+        "reference": said,
+    }
+
+
+def quark_check(folder: Path, mode: str) -> dict[str, str]:
+    """What `vllm quark-check` expects of this fork and of stock 0.20, here."""
+    command = [sys.executable, *CHECKS[mode], "--json", str(folder)]
+    try:
+        run = subprocess.run(
+            command,
+            env=environment(None) | {"VLLM_LOGGING_LEVEL": "ERROR"},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return dict.fromkeys(("fork", "stock"), f"no report in {SECONDS} s")
+    start = run.stdout.find("{")
+    if start < 0:
+        said = (run.stderr or run.stdout).strip().splitlines()
+        return dict.fromkeys(("fork", "stock"), said[-1] if said else "nothing")
+    verdicts = json.loads(run.stdout[start:])["verdicts"]
+    device = "GPU" if torch.cuda.is_available() else "CPU"
+    rows = {"fork": f"this fork, {device}", "stock": "0.20"}
+    return {
+        build: next((v["outcome"] for v in verdicts if v["vllm"].startswith(row)), "")
+        for build, row in rows.items()
+    }
+
+
+def faults(row: Mapping[str, Any]) -> list[str]:
+    """What is not as it should be."""
+    found = []
+    if row["fork"] == "garbage":
+        found.append("the fork answers garbage")
+    if row["stock"] == "right" and row["fork"] != "right":
+        found.append("stock answers right, the fork does not")
+    for mode, said in row["quark_check"].items():
+        for build in ("fork", "stock"):
+            outcome = row[build].partition(":")[0]
+            expected = said[build]
+            # It need not know, but what it knows must be so.
+            if expected in ("right", "garbage", "refused") and expected != outcome:
+                of = "" if mode == "installed" else " alone"
+                found.append(f"quark-check{of} says {expected} of {build}: {outcome}")
+    return found
+
+
+def short(outcome: str) -> str:
+    return outcome.partition(":")[0]
+
+
+def say_check(row: Mapping[str, Any]) -> str:
+    """Of the fork, of stock; and what the script says by itself, if another thing."""
+    said = [
+        "; stock ".join((one["fork"], one["stock"]))
+        for one in row["quark_check"].values()
+    ]
+    return said[0] if len(set(said)) < 2 else f"{said[0]}; alone: {said[1]}"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def show(rows: Sequence[Mapping[str, Any]], heading: str) -> None:
+    table = Table(title=heading, title_justify="left")
+    for name in ("family", "export", "stock", "fork", "quark-check"):
+        table.add_column(name, no_wrap=True)
+    for name in (f"top {TOP}", "bar"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["family"],
+            row["export"],
+            *(
+                Text(short(row[b]), COLOURS[short(row[b]).split()[0]])
+                for b in ("stock", "fork")
+            ),
+            say_check(row),
+            number(row["overlap20"]),
+            number(row["bar"]),
+        )
+    console.print(table)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], heading: str) -> str:
+    def plain(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    lines = [
+        "# Which families are read right",
+        "",
+        f"Written by `make matrix`. {heading}.",
+        "",
+        "Small models of random weights, exported by hand in the layout that amd-quark "
+        "0.13 writes ([families.py](../tests/fixtures/families.py)), asked "
+        f"{NUM_PROMPTS} random prompts over poisoned memory. The figure is the mean "
+        f"overlap of the {TOP} likeliest first tokens with the reference: "
+        f"{DEQUANTIZED}. `right`: finite, and no less than the bar: what the reference "
+        "keeps of itself with activations in INT8 and products in bfloat16, less "
+        f"{BAR_ERRORS} standard errors and {BAR_BFLOAT16}. `garbage`: less. `refused`: "
+        "the engine ended with an error. `needs a GPU`: so does the unquantized model, "
+        "with the same error. Where stock's unquantized answers are not "
+        "transformers' (*), they are the reference. Figures are the fork's, or stock's "
+        "where the fork has none; quark-check's verdicts are of the fork, then "
+        "of stock.",
+        "",
+        "| family | architecture | export | stock | fork | quark-check "
+        f"| top {TOP} | bar |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        fork = short(row["fork"])
+        if row["faults"] and fork != "right":
+            fork = f"**{fork}**"
+        star = "*" if row["reference"] == STOCK_FLOAT else ""
+        columns = [
+            row["family"],
+            row["architecture"],
+            f"`{row['export']}`",
+            short(row["stock"]),
+            fork,
+            plain(say_check(row)),
+            number(row["overlap20"]) + star,
+            number(row["bar"]),
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    for build in ("stock", "fork"):
+        said: dict[str, list[str]] = defaultdict(list)
+        for row in rows:
+            if short(row[build]) in ("refused", "needs a GPU"):
+                said[row[build]].append(f"{row['family']} `{row['export']}`")
+        if said:
+            lines += ["", f"What {build} said where it did not answer:", ""]
+            lines += [f"- `{plain(e)}`: {', '.join(of)}" for e, of in said.items()]
+    wrong = [row for row in rows if row["faults"]]
+    if wrong:
+        lines += ["", "Not as it should be:", ""]
+        lines += [
+            f"- {row['family']} `{row['export']}`: {plain('; '.join(row['faults']))}"
+            for row in wrong
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def chosen(names: Sequence[str]) -> dict[Family, list[str] | None]:
+    """Families and the exports to run of them; None for all."""
+    wanted: dict[Family, list[str] | None] = {}
+    for name in names:
+        family_name, _, export = name.partition("--")
+        family = families.BY_NAME.get(family_name)
+        if family is None or export and export not in families.exports(family):
+            sys.exit(
+                f"error: no family or export {name}; there are "
+                f"{', '.join(families.BY_NAME)}, and of one FAMILY--EXPORT: by-name, .."
+            )
+        if not export:
+            wanted[family] = None
+        elif (of_family := wanted.setdefault(family, [])) is not None:
+            of_family.append(export)
+    return wanted or dict.fromkeys(FAMILIES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--stock", type=Path, metavar="FOLDER")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all")
+    args = parser.parse_args()
+    if torch.cuda.is_available() and not args.stock:
+        sys.exit("error: on a GPU say --stock FOLDER: an unpacked stock build of vLLM")
+    wanted = chosen(args.families)
+    started = time.monotonic()
+    torch.set_num_threads(1)  # for so small models more cost more than they bring
+
+    prompts = families.make_prompts(NUM_PROMPTS)
+    with console.status("Writing the exports, and asking transformers"):
+        cells = [
+            cell
+            for family, exports in wanted.items()
+            for cell in make_cells(family, prompts, exports)
+        ]
+    controls = {c.family: c for c in cells if c.export == families.FLOAT}
+    cells = [cell for cell in cells if cell.export != families.FLOAT]
+    with console.status("Building stock"):
+        package = args.stock or install_only(*CPU_PATCHES)
+    answers = {
+        "stock": ask_all("stock", [*controls.values(), *cells], prompts, package),
+        "fork": ask_all("fork", cells, prompts, None),
+    }
+    with console.status("quark-check"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        asked = [(cell.folder, mode) for cell in cells for mode in CHECKS]
+        said = iter(list(pool.map(lambda one: quark_check(*one), asked)))
+
+    rows = []
+    for cell in cells:
+        control = controls[cell.family]
+        of_control = answers["stock"][control.key] | {"bar": control.bars[0]}
+        found = {b: judge(cell, answers[b][cell.key], of_control) for b in answers}
+        figures = found["fork"] if "bar" in found["fork"] else found["stock"]
+        row = {
+            "family": cell.family.name,
+            "architecture": cell.family.architecture,
+            "export": cell.export,
+            "stock": found["stock"]["outcome"],
+            "fork": found["fork"]["outcome"],
+            "quark_check": {mode: next(said) for mode in CHECKS},
+            "overlap20": figures.get("overlap20"),
+            "reference": figures.get("reference", DEQUANTIZED),
+            "bar": figures.get("bar"),
+            "overlap20_unquantized": figures.get("overlap20_unquantized"),
+            "overlap20_stock": found["stock"].get("overlap20"),
+        }
+        rows.append(row | {"faults": faults(row)})
+
+    stock = f"stock: {args.stock.name}" if args.stock else STOCK_ON_CPU
+    heading = f"{device_name()}, {datetime.date.today().isoformat()}; {stock}"
+    show(rows, heading)
+    JSON.write_text(json.dumps(rows, indent=1) + "\n")
+    if not args.families:
+        MARKDOWN.write_text(markdown(rows, heading))
+    console.print(
+        f"{len(rows)} exports, two builds: {time.monotonic() - started:.0f} s; "
+        f"{JSON.relative_to(ROOT)}",
+        highlight=False,
+    )
+    for row in rows:
+        for fault in row["faults"]:
+            said_of = f"error: {row['family']}--{row['export']}: {fault}"
+            console.print(Text(said_of), soft_wrap=True)
+    if any(row["faults"] for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
