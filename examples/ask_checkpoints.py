@@ -88,7 +88,7 @@ def last_line(error: Exception) -> str:
 
 def allow_text_without_pictures() -> None:
     """vLLM 0.20 finds out how many tokens a picture takes by handing the text with its
-    placeholder to the processor, without the picture: newer transformers refuse that."""
+    placeholder to the processor, without the picture: new transformers refuse it."""
     if hasattr(ProcessorMixin, "validate_inputs"):
         ProcessorMixin.validate_inputs = lambda *_, **__: None  # type: ignore[method-assign]
 
