@@ -348,3 +348,11 @@ def test_probe_agrees_with_the_product(rng):
     a, b = full_range(32, 512, rng=rng), full_range(64, 512, rng=rng)
     is_exact = torch.equal(torch._int_mm(a, b.t()).long(), exact_product(a, b))
     assert has_exact_int8_dot() == is_exact
+
+
+def test_the_dot_is_tried_out_whatever_the_default_device():
+    has_exact_int8_dot.cache_clear()
+    with torch.device("meta"):
+        on_meta = has_exact_int8_dot()
+    has_exact_int8_dot.cache_clear()
+    assert on_meta == has_exact_int8_dot()

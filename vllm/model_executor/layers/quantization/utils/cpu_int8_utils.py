@@ -34,7 +34,8 @@ def has_exact_int8_dot() -> bool:
     It is tried out, with the values that overflow most, rather than read off the CPU's
     flags: `ONEDNN_MAX_CPU_ISA` can hide an instruction set that the CPU has.
     """
-    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    # Towers that are not to be used are built on the meta device.
+    largest = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
     return bool((torch._int_mm(largest, largest.t()) == 64 * 127**2).all())
 
 
