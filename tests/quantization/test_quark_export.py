@@ -102,6 +102,21 @@ def test_a_layer_without_a_scheme_is_float(config):
     assert not export.problems
 
 
+@pytest.mark.parametrize("is_same", [True, False])
+def test_override_that_repeats_the_global_scheme(is_same, config):
+    """In other words, as of another observer; a fused layer has one scheme."""
+    part = config["global_quant_config"]
+    weight = {**part["weight"], "observer_cls": "PerChannelMinMaxObserver"}
+    del weight["is_dynamic"]
+    weight |= {} if is_same else {"qscheme": "per_tensor"}
+    config["layer_quant_config"] = {"*k_proj": {**part, "weight": weight}}
+    held = tensors(*(each for x in "qkv" for each in int8(f"a.{x}_proj", 4, 8)))
+    export = Export(held, config)
+    layer = export.linear("a.qkv_proj", {"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
+    assert layer is not None and len(layer.weights) == 3
+    assert ids(export) == ([] if is_same else ["shards-differ"])
+
+
 def test_a_million_experts_cost_what_their_headers_cost(config):
     """Tensors without an element claim them; exclude names experts in every way."""
     held = [("m.gate_proj.weight", "I8", (10**6, 0, 8))]

@@ -31,6 +31,7 @@ from vllm.model_executor.layers.quantization.quark.rules import (
     is_static,
     matches,
     part_of,
+    same_scheme,
     scheme_problem,
 )
 
@@ -377,7 +378,7 @@ class Export:
             self._judge_floats(weights, configs)
             return Layer(weights, None)
         for stored, config in zip(weights, configs, strict=True):
-            if config != configs[0]:
+            if not same_scheme(config, configs[0]):
                 expected = "one scheme for all that vLLM fuses there"
                 rules = (
                     f"{self._rule(*each.names(fused))} for {each.module}"

@@ -235,6 +235,24 @@ def is_static(layer: Config) -> bool:
     return not part_of(layer, "input_tensors").get("is_dynamic")
 
 
+def same_scheme(one: Config | None, other: Config | None) -> bool:
+    """Whether two configs of layers ask for the same numbers: what Quark notes of how
+    it found the scales is of no account."""
+    if one is None or other is None or one == other:
+        return one == other
+    for kind in ("weight", "input_tensors"):
+        if not isinstance(one.get(kind) or {}, dict):
+            return False
+        parts = part_of(one, kind), part_of(other, kind)
+        keys = ("dtype", "qscheme", "is_dynamic", "symmetric", "group_size", "ch_axis")
+        if any((parts[0].get(key) or 0) != (parts[1].get(key) or 0) for key in keys):
+            return False
+    return all(
+        bool(one.get(kind)) == bool(other.get(kind))
+        for kind in ("output_tensors", "bias")
+    )
+
+
 def scheme_problem(layer: Config) -> tuple[str, str] | None:
     """What an INT8 config should say and what it says, where vLLM has no kernel."""
     weight, inputs = part_of(layer, "weight"), part_of(layer, "input_tensors")
