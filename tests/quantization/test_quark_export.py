@@ -119,6 +119,7 @@ def test_override_that_repeats_the_global_scheme(is_same, config):
 
 def test_a_million_experts_cost_what_their_headers_cost(config):
     """Tensors without an element claim them; exclude names experts in every way."""
+    held: list[tuple[str, str, tuple[int, ...]]]
     held = [("m.gate_proj.weight", "I8", (10**6, 0, 8))]
     held += [("m.gate_proj.weight_scale", "F32", (10**6, 0))]
     config["exclude"] = ["*lm_head", "m.experts.5.gate_proj", "re:.*router.*"]
