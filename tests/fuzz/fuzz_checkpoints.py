@@ -37,6 +37,7 @@ NUM_WORKERS = 2
 Outcome = dict[str, Any]
 CLASSES = {
     "refused": "refused by an error that names what is wrong",
+    "warned": "one of the next two, with a warning that names what is odd",
     "harmless": "loaded, with exactly the tensors of the undamaged export",
     "undetectable": "another valid checkpoint, loaded exactly",
     "upstream": "a setting of the model, refused by upstream in its own words",

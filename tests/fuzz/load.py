@@ -21,6 +21,7 @@ from vllm.config import (
     VllmConfig,
     set_current_vllm_config,
 )
+from vllm.model_executor.layers.quantization.quark import load_checks
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import (
     initialize_model,
@@ -130,6 +131,8 @@ def run(seed: int, scratch: Path) -> Outcome:
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(data)
+    warned: list[str] = []
+    load_checks.logger.warning_once = warned.append
     try:
         found = load(folder)
     except Exception as error:
@@ -140,7 +143,10 @@ def run(seed: int, scratch: Path) -> Outcome:
         return Outcome(seed, mutation, outcome, f"{type(error).__name__}: {error}")
     finally:
         shutil.rmtree(folder)
-    return Outcome(seed, mutation, mark(found, files, export))
+    outcome = mark(found, files, export)
+    if warned and outcome in ("harmless", "undetectable"):
+        return Outcome(seed, mutation, "warned", warned[0])
+    return Outcome(seed, mutation, outcome)
 
 
 def mark(found: dict[str, Tensor], files: Files, export: Export) -> str:
