@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM would read wrong of a Quark INT8 export is refused; the rest loads."""
 
+import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 from vllm import platforms
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.quark import load_checks
 from vllm.model_executor.layers.quantization.quark.checkpoint import CheckpointError
+from vllm.model_executor.layers.quantization.quark.problems import Problem
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
 from vllm.model_executor.layers.quantization.quark.watch import Watch
@@ -753,6 +756,42 @@ def test_downloaded_model_is_judged_before_its_weights_are_read(
         with pytest.raises(CheckpointError, match=f"{DOWN_SCALE} .* found 0.0"):
             loader.load_weights(model, config)
     assert all(tensor.isnan().all() for tensor in floats(model))
+
+
+def test_files_of_a_downloaded_model_decide_while_it_is_built(write, monkeypatch):
+    """It is downloaded then, and not once more; a loader of none is not asked."""
+    folder = write(STACKED, include("2.self_attn.g_proj"))
+    prepare = DefaultModelLoader._prepare_weights
+    asked: list[str] = []
+
+    def prepared(self, name, *rest):
+        asked.append(name)
+        return prepare(self, str(folder), *rest)
+
+    monkeypatch.setattr(DefaultModelLoader, "_prepare_weights", prepared)
+    config = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16")
+    config.model = "someone/step3p5"
+    gate = f"{ATTENTION}.g_proj"
+    for load_format, is_float in (("auto", True), ("dummy", False)):
+        vllm_config = VllmConfig(
+            model_config=config, load_config=LoadConfig(load_format=load_format)
+        )
+        with set_current_vllm_config(vllm_config):
+            model = initialize_model(vllm_config)
+        method = model.get_submodule(gate).quant_method
+        assert isinstance(method, UnquantizedLinearMethod) == is_float
+        assert asked == ["someone/step3p5"]
+
+
+def test_headers_are_read_again_in_a_worker(write):
+    """What the first process found does not travel to it."""
+    checks = load_checks.Checks(str(write(STACKED)), None, Export(STACKED).quark)
+    assert checks.export is not None
+    checks.problems.append(Problem("zero-channels", "a", "b", "c"))
+    there = pickle.loads(pickle.dumps(checks))
+    assert len(pickle.dumps(checks)) < 20_000
+    assert there.problems == [] and there._export is None
+    assert there.export.modules.keys() == checks.export.modules.keys()
 
 
 def test_damaged_file_ends_before_the_model_is_built(write, monkeypatch):
