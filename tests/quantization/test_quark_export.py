@@ -85,6 +85,30 @@ def test_experts_in_every_layout(held, config):
     assert layer.config == config["layer_quant_config"]["moe.experts*"]
 
 
+def test_a_layer_that_goes_by_another_name(config):
+    """MiniMax-M2 asks for `mlp` and stores `block_sparse_moe`, of every layer."""
+    stored = "model.layers.{}.block_sparse_moe"
+    held = [
+        *int8(f"{stored.format(0)}.experts.0.w1", 4, 8),
+        (f"{stored.format(1)}.experts.0.w1.weight", "BF16", (4, 8)),
+        (f"{stored.format(1)}.gate.weight", "BF16", (2, 8)),
+        *int8("model.layers.1.self_attn.o_proj", 4, 8),
+    ]
+    export = Export(tensors(*held), config)
+    first, second = (export.experts(f"model.layers.{n}.mlp.experts") for n in (0, 1))
+    assert first is not None and first.config is config["global_quant_config"]
+    assert second is not None and second.config is None
+    gate = export.linear("model.layers.1.mlp.gate", {})
+    assert gate is not None and gate.config is None
+    assert export.linear("model.layers.1.mlp.up_proj", {}) is None
+    assert export.experts("model.layers.2.mlp.experts") is None
+
+
+def test_two_layers_that_could_be_meant_are_none(config):
+    held = [(f"a.{x}.gate.weight", "BF16", (2, 8)) for x in ("left", "right")]
+    assert Export(tensors(*held), config).linear("a.mlp.gate", {}) is None
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "BOOL"])
 def test_experts_of_two_kinds_differ(dtype, config):
     held = (*int8("e.experts.0.w1", 4, 8), ("e.experts.1.w1.weight", dtype, (4, 8)))

@@ -247,7 +247,8 @@ class Export:
             for new in mapper.apply_list([f"{name}.{WEIGHT}"]):
                 renamed[new.rpartition(".")[0]] = stored
         self._names = renamed
-        self.__dict__.pop("_sorted", None)
+        for cached in ("_sorted", "_paths"):
+            self.__dict__.pop(cached, None)
 
     @cached_property
     def _sorted(self) -> list[str]:
@@ -262,6 +263,31 @@ class Export:
                 break
             if name == prefix or name[len(prefix)] == ".":
                 found.append(name)
+        return found
+
+    def _called(self, path: str) -> str:
+        """What the files call a path of vLLM's that they do not have: some models give
+        a layer another name than the attribute that holds it, and weights go by that.
+        It is the only path that differs in one name; "" for none or several."""
+        parts = path.split(".")
+        found = ""
+        for other in self._paths.get(len(parts), ()):
+            pairs = zip(parts, other.split("."), strict=True)
+            different = [pair for pair in pairs if pair[0] != pair[1]]
+            if len(different) == 1 and not different[0][1].isdecimal():
+                if found:
+                    return ""
+                found = other
+        return found
+
+    @cached_property
+    def _paths(self) -> Mapping[int, set[str]]:
+        """The paths above the modules that the files hold, by their number of names."""
+        found: dict[int, set[str]] = defaultdict(set)
+        for name in self._names:
+            parts = name.split(".")
+            for count in range(1, len(parts)):
+                found[count].add(".".join(parts[:count]))
         return found
 
     def _weights(self, name: str, rank: int) -> list[Stored]:
@@ -288,7 +314,12 @@ class Export:
         vLLM's name for it. Empty where the files hold none of that name."""
         parent, _, last = prefix.rpartition(".")
         ways = [packed[last]] if last in packed else []
-        for parts in (*ways, (last,), *USUAL_SHARDS.get(last, ())):
+        ways += [(last,), *USUAL_SHARDS.get(last, ())]
+        return self._parts(parent, ways) or self._parts(self._called(parent), ways)
+
+    def _parts(self, parent: str, ways: Iterable[Sequence[str]]) -> list[str]:
+        """The modules below `parent` by the first way of calling them that it has."""
+        for parts in ways:
             names = (f"{parent}.{part}" if parent else part for part in parts)
             if found := [self._names[name] for name in names if name in self._names]:
                 return found
@@ -308,19 +339,25 @@ class Export:
     def experts(self, prefix: str) -> Layer | None:
         """What a layer of fused experts takes; None where the files hold nothing."""
         if prefix not in self._layers:
-            names = [self._names[name] for name in self._below(prefix)]
-            weights = [each for name in names for each in self._weights(name, 2)]
-            if not weights:  # stacked beside: `moe.gate_proj` for `moe.experts`
-                parent = prefix.rpartition(".")[0]
-                beside = (self._names[name] for name in self._below(parent))
-                weights = [
-                    each
-                    for name in beside
-                    if name.rpartition(".")[0] == parent
-                    for each in self._weights(name, 3)
-                ]
+            weights = self._experts_at(prefix) or self._experts_at(self._called(prefix))
             self._layers[prefix] = self._judged(prefix, weights, is_experts=True)
         return self._layers[prefix]
+
+    def _experts_at(self, prefix: str) -> list[Stored]:
+        """The weights below a fused layer; else those that are stacked beside it:
+        `moe.gate_proj` for `moe.experts`."""
+        if not prefix:
+            return []
+        below = [self._names[name] for name in self._below(prefix)]
+        if found := [each for name in below for each in self._weights(name, 2)]:
+            return found
+        parent = prefix.rpartition(".")[0]
+        return [
+            each
+            for name in self._below(parent)
+            if name.rpartition(".")[0] == parent
+            for each in self._weights(self._names[name], 3)
+        ]
 
     def asked(self, prefix: str) -> Layer | None:
         """What was answered for a layer of that name; None where nothing was."""
