@@ -8,6 +8,8 @@ options are vLLM's `LLM`'s, beside those below. The folder ANSWERS gets one NAME
 checkpoint: `{"texts": [..], "logprobs": [[..]]}`, the greedy answer to each prompt and
 the log probability of every token of the vocabulary after it, null where not finite;
 or `{"error": "..", "loaded": ..}`, where loaded says that the error came afterwards.
+JOB's `"pictures": {name: [{"prompt": "..", "seed": ..}]}`, if it has any, asks some of
+them questions with a picture too, whose log probabilities are `"pictures"`.
 Runs with whatever vLLM comes first on the path, so that builds
 can be compared.
 """
@@ -22,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import ProcessorMixin
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.entrypoints.llm import LLM
@@ -63,17 +67,29 @@ def engine(folder: str, options: dict[str, Any]) -> LLM:
     )
 
 
-def ask(llm: LLM, prompts: Sequence[list[int]]) -> dict:
-    requests = [{"prompt_token_ids": token_ids} for token_ids in prompts]
+def first_logprobs(llm: LLM, requests: Sequence[Any]) -> list[list[float | None]]:
     first = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
-    whole = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     rows = []
     for output in llm.generate(requests, first, use_tqdm=False):
         [found] = output.outputs[0].logprobs
         values = [found[token].logprob for token in sorted(found)]
         rows.append([value if math.isfinite(value) else None for value in values])
+    return rows
+
+
+def ask(llm: LLM, prompts: Sequence[list[int]]) -> dict[str, Any]:
+    requests = [{"prompt_token_ids": token_ids} for token_ids in prompts]
+    whole = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    rows = first_logprobs(llm, requests)
     answers = llm.generate(requests, whole, use_tqdm=False)
     return {"texts": [a.outputs[0].text for a in answers], "logprobs": rows}
+
+
+def with_picture(prompt: str, seed: int) -> dict[str, Any]:
+    """A request with a picture of random pixels."""
+    pixels = np.random.default_rng(seed).integers(256, size=(56, 56, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    return {"prompt": prompt, "multi_modal_data": {"image": picture}}
 
 
 def last_line(error: Exception) -> str:
@@ -102,6 +118,9 @@ def main() -> None:
         try:
             llm = load(folder, job["options"])
             answer = ask(llm, job["prompts"])
+            if pictures := job.get("pictures", {}).get(name):
+                requests = [with_picture(**picture) for picture in pictures]
+                answer["pictures"] = first_logprobs(llm, requests)
         except Exception as error:
             traceback.print_exc()
             answer = {"error": last_line(error), "loaded": llm is not None}

@@ -88,11 +88,13 @@ def ask(
     env: Mapping[str, str] | None = None,
     seconds: float = math.inf,
     options: Mapping[str, Any] | None = None,
+    pictures: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> Generator[tuple[str, Answers], None, None]:
     """Names and answers of the checkpoints by a build, in order, as they come.
 
     `script` does what ask_checkpoints.py, which stands for None, does in another way.
     `env` holds further environment variables, `options` further ones of `LLM`.
+    `pictures` are questions with a picture, for some of the checkpoints.
 
     Where a checkpoint ends the process or takes longer than so many seconds, its answer
     is an error and another process goes on with the rest.
@@ -104,13 +106,12 @@ def ask(
     while left:
         job, log = folder / "job.json", folder / f"{next(iter(left))}.log"
         paths = {name: str(path) for name, path in left.items()}
-        asked = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": CACHE_BYTES}
-        asked |= options or {}
+        engine = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": CACHE_BYTES}
+        engine |= options or {}
         if tensor_parallel_size > 1:
-            asked["tensor_parallel_size"] = tensor_parallel_size
-        job.write_text(
-            json.dumps({"prompts": prompts, "options": asked, "checkpoints": paths})
-        )
+            engine["tensor_parallel_size"] = tensor_parallel_size
+        asked = {"prompts": prompts, "pictures": pictures or {}}
+        job.write_text(json.dumps({"options": engine, "checkpoints": paths, **asked}))
         with log.open("w") as file:
             process = subprocess.Popen(
                 [sys.executable, script or SCRIPT, job, folder],

@@ -49,7 +49,7 @@ from tools.mutants import install_only
 WORK = ROOT / "build/families"
 JSON, MARKDOWN = ROOT / "build/families.json", ROOT / "docs/families.md"
 
-NUM_PROMPTS = 64
+NUM_PROMPTS = NUM_PICTURES = 64
 SECONDS = 180  # for an engine to start and answer, and for one look of quark-check
 
 # Else hybrid attention wants FlashInfer, which vLLM does not bring along.
@@ -144,6 +144,7 @@ def ask_all(
     by_env: dict[tuple[tuple[str, str], ...], dict[str, Path]] = defaultdict(dict)
     for cell in cells:
         by_env[tuple(cell.family.env.items())][cell.key] = cell.folder
+    pictures = {c.key: families.make_pictures(c.family, NUM_PICTURES) for c in cells}
     for env, folders in by_env.items():
         asked = ask(
             f"families-{build}",
@@ -153,6 +154,7 @@ def ask_all(
             env=dict(env),
             seconds=SECONDS,
             options=ON_GPU if torch.cuda.is_available() else {},
+            pictures=pictures,
         )
         for key, one in asked:
             answers[key] = one
@@ -161,12 +163,18 @@ def ask_all(
     return answers
 
 
+def tensor(rows: Sequence[Sequence[float | None]]) -> Tensor:
+    """Log probabilities [prompts, vocab], where null stands for what is not finite."""
+    return torch.tensor([[-math.inf if x is None else x for x in row] for row in rows])
+
+
 def judge(cell: Cell, answers: Answers, control: Answers) -> dict[str, Any]:
     """The outcome, and the overlaps it rests on.
 
     The control is what stock answers unquantized. Where that is not what transformers
     answers, rounding to INT8 is not at fault, and it takes transformers' place. Where
-    it ends with the same error, no export of the family can run here.
+    it ends with the same error, no export of the family can run here. Questions with a
+    picture are asked of it alone: releases mask a picture's tokens differently.
     """
     if error := answers.get("error"):
         is_same = error == control.get("error") and not torch.cuda.is_available()
@@ -177,16 +185,27 @@ def judge(cell: Cell, answers: Answers, control: Answers) -> dict[str, Any]:
     if cell.export != families.FLOAT and "error" not in control:
         of_control = compare_logprobs(cell.unquantized, control["logprobs"])
         if of_control["overlap20"] < control["bar"]:
-            values = [
-                [-math.inf if x is None else x for x in r] for r in control["logprobs"]
-            ]
-            reference, least, said = torch.tensor(values), cell.bars[1], STOCK_FLOAT
+            reference, least, said = (
+                tensor(control["logprobs"]),
+                cell.bars[1],
+                STOCK_FLOAT,
+            )
     found = compare_logprobs(reference, rows)
     is_finite = all(value is not None for row in rows for value in row)
-    is_right = is_finite and found["overlap20"] >= least
+    outcome = "right" if is_finite and found["overlap20"] >= least else "garbage"
+    of_pictures = None
+    if "pictures" in answers and "pictures" in control:
+        figures = compare_logprobs(tensor(control["pictures"]), answers["pictures"])
+        of_pictures = figures["overlap20"]
+        is_finite = all(value is not None for r in answers["pictures"] for value in r)
+        # The control is rounded to bfloat16 too.
+        is_right = is_finite and of_pictures >= cell.bars[1] - BAR_BFLOAT16
+        if outcome == "right" and not is_right:
+            outcome = "garbage: with pictures"
     return {
-        "outcome": "right" if is_right else "garbage",
+        "outcome": outcome,
         "overlap20": found["overlap20"],
+        "overlap20_pictures": of_pictures,
         "overlap20_unquantized": compare_logprobs(cell.unquantized, rows)["overlap20"],
         "bar": least,
         "reference": said,
@@ -219,26 +238,26 @@ def quark_check(folder: Path, mode: str) -> dict[str, str]:
     }
 
 
+def short(outcome: str) -> str:
+    return outcome.partition(":")[0]
+
+
 def faults(row: Mapping[str, Any]) -> list[str]:
     """What is not as it should be."""
     found = []
-    if row["fork"] == "garbage":
+    if short(row["fork"]) == "garbage":
         found.append("the fork answers garbage")
     if row["stock"] == "right" and row["fork"] != "right":
         found.append("stock answers right, the fork does not")
     for mode, said in row["quark_check"].items():
         for build in ("fork", "stock"):
-            outcome = row[build].partition(":")[0]
+            outcome = short(row[build])
             expected = said[build]
             # It need not know, but what it knows must be so.
             if expected in ("right", "garbage", "refused") and expected != outcome:
                 of = "" if mode == "installed" else " alone"
                 found.append(f"quark-check{of} says {expected} of {build}: {outcome}")
     return found
-
-
-def short(outcome: str) -> str:
-    return outcome.partition(":")[0]
 
 
 def say_check(row: Mapping[str, Any]) -> str:
@@ -292,8 +311,10 @@ def markdown(rows: Sequence[Mapping[str, Any]], heading: str) -> str:
         "keeps of itself with activations in INT8 and products in bfloat16, less "
         f"{BAR_ERRORS} standard errors and {BAR_BFLOAT16}. `garbage`: less. `refused`: "
         "the engine ended with an error. `needs a GPU`: so does the unquantized model, "
-        "with the same error. Where stock's unquantized answers are not "
-        "transformers' (*), they are the reference. Figures are the fork's, or stock's "
+        f"with the same error. Models that take pictures are asked {NUM_PICTURES} "
+        "questions with one too: `garbage: with pictures` says that those alone are not "
+        "answered as the unquantized model does. Where stock's unquantized answers are "
+        "not transformers' (*), they are the reference. Figures are the fork's, or stock's "
         "where the fork has none; quark-check's verdicts are of the fork, then "
         "of stock.",
         "",
@@ -302,7 +323,10 @@ def markdown(rows: Sequence[Mapping[str, Any]], heading: str) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        fork = short(row["fork"])
+        stock, fork = (
+            row[b] if short(row[b]) == "garbage" else short(row[b])
+            for b in ("stock", "fork")
+        )
         if row["faults"] and fork != "right":
             fork = f"**{fork}**"
         star = "*" if row["reference"] == STOCK_FLOAT else ""
@@ -310,7 +334,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], heading: str) -> str:
             row["family"],
             row["architecture"],
             f"`{row['export']}`",
-            short(row["stock"]),
+            stock,
             fork,
             plain(say_check(row)),
             number(row["overlap20"]) + star,
@@ -399,6 +423,7 @@ def main() -> None:
             "overlap20": figures.get("overlap20"),
             "reference": figures.get("reference", DEQUANTIZED),
             "bar": figures.get("bar"),
+            "overlap20_pictures": figures.get("overlap20_pictures"),
             "overlap20_unquantized": figures.get("overlap20_unquantized"),
             "overlap20_stock": found["stock"].get("overlap20"),
         }

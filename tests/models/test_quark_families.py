@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def some_cell(rng: torch.Generator, export: str = "by-name") -> Cell:
     )
 
 
-def answered(logprobs: torch.Tensor, **more: object) -> dict:
+def answered(logprobs: torch.Tensor, **more: Any) -> dict[str, Any]:
     return {"logprobs": logprobs.tolist(), **more}
 
 
@@ -229,6 +230,19 @@ def test_what_is_right(rng: torch.Generator):
     rows = answered(cell.dequantized)
     rows["logprobs"][3][5] = None  # what ask_checkpoints.py writes for NaN
     assert judge(cell, rows, control)["outcome"] == "garbage"
+
+
+def test_pictures_are_asked_of_the_unquantized_model(rng: torch.Generator):
+    cell = some_cell(rng)
+    pictures = torch.randn(4, 64, generator=rng).log_softmax(-1)
+    control = answered(cell.unquantized, bar=0.9, pictures=pictures.tolist())
+    blind = answered(cell.dequantized, pictures=pictures.roll(1, 0).tolist())
+    assert judge(cell, blind, control)["outcome"] == "garbage: with pictures"
+    sees = answered(cell.dequantized, pictures=pictures.tolist())
+    found = judge(cell, sees, control)
+    assert found["outcome"] == "right" and found["overlap20_pictures"] == 1
+    sees["pictures"][0][0] = None
+    assert judge(cell, sees, control)["outcome"] == "garbage: with pictures"
 
 
 def test_where_the_unquantized_model_answers_otherwise_it_is_the_reference(
@@ -261,6 +275,7 @@ def test_errors(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch):
         ("needs a GPU: why", "needs a GPU: why", "not known", "not known", 0),
         ("right", "refused: why", "right", "refused", 1),
         ("garbage", "garbage", "garbage", "garbage", 1),
+        ("right", "garbage: with pictures", "right", "garbage", 2),
         ("garbage", "right", "right", "right", 2),
         ("refused: why", "needs a GPU: why", "refused", "right", 2),
     ],

@@ -274,7 +274,9 @@ class Export:
         for other in self._paths.get(len(parts), ()):
             pairs = zip(parts, other.split("."), strict=True)
             different = [pair for pair in pairs if pair[0] != pair[1]]
-            if len(different) == 1 and not different[0][1].isdecimal():
+            if other.endswith(f".{parts[-1]}") and len(different) == 1:
+                if different[0][1].isdecimal():
+                    continue
                 if found:
                     return ""
                 found = other
@@ -282,11 +284,12 @@ class Export:
 
     @cached_property
     def _paths(self) -> Mapping[int, set[str]]:
-        """The paths above the modules that the files hold, by their number of names."""
+        """The modules that the files hold, and the paths above them, by their number of
+        names."""
         found: dict[int, set[str]] = defaultdict(set)
         for name in self._names:
             parts = name.split(".")
-            for count in range(1, len(parts)):
+            for count in range(1, len(parts) + 1):
                 found[count].add(".".join(parts[:count]))
         return found
 
@@ -315,12 +318,12 @@ class Export:
         parent, _, last = prefix.rpartition(".")
         ways = [packed[last]] if last in packed else []
         ways += [(last,), *USUAL_SHARDS.get(last, ())]
-        return self._parts(parent, ways) or self._parts(self._called(parent), ways)
-
-    def _parts(self, parent: str, ways: Iterable[Sequence[str]]) -> list[str]:
-        """The modules below `parent` by the first way of calling them that it has."""
         for parts in ways:
-            names = (f"{parent}.{part}" if parent else part for part in parts)
+            names = [f"{parent}.{part}" if parent else part for part in parts]
+            if found := [self._names[name] for name in names if name in self._names]:
+                return found
+        for parts in ways:
+            names = [self._called(f"{parent}.{part}") for part in parts]
             if found := [self._names[name] for name in names if name in self._names]:
                 return found
         return []
