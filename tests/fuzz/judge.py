@@ -70,10 +70,19 @@ def judge(files: Files, export: Export) -> dict[str, Tensor] | None:
         weight = name.replace("_zero_point", "")
         if tensors.pop(name).any() or f"{weight}_scale" not in export.stacked:
             return None
-    if tensors.keys() != export.stacked.keys():
+    # What is stored as floats without a scale is what it says, in any export.
+    floats = {
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and f"{name}_scale" not in tensors
+    }
+    quantized = {f"{name}_scale" for name in floats} & export.stacked.keys()
+    if tensors.keys() != export.stacked.keys() - quantized:
         return None
     for name, tensor in tensors.items():
         wanted = export.stacked[name]
+        if name in floats and wanted.dtype == torch.int8:
+            wanted = wanted.bfloat16()
         is_scale = name.endswith("_scale")
         shapes = [wanted.shape, (*wanted.shape, 1)] if is_scale else [wanted.shape]
         if tensor.shape not in shapes:

@@ -452,6 +452,14 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
         put(f"{MOE}.down_proj.weight", lambda tensor: tensor.repeat(1, 1, 2)),
         (f"{MOE}.down_proj.weight", "[16, 128, 128]", f"{MOE}.experts"),
     ),
+    "rows of a float layer": (
+        put(f"{SHARED}.up_proj.weight", lambda tensor: tensor.repeat(2, 1)),
+        (f"{SHARED}.up_proj.weight", "[64, 128]", "BF16 [128, 128]"),
+    ),
+    "columns of a float layer": (
+        put(f"{SHARED}.down_proj.weight", lambda tensor: tensor.repeat(1, 2)),
+        (f"{SHARED}.down_proj.weight", "[128, 64]", "BF16 [128, 128]"),
+    ),
     "shape of a norm": (
         put("model.norm.weight", lambda tensor: tensor[:64]),
         ("model.norm.weight", "bfloat16 [64]"),

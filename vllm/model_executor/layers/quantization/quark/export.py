@@ -271,26 +271,24 @@ class Export:
         It is the only path that differs in one name; "" for none or several."""
         parts = path.split(".")
         found = ""
-        for other in self._paths.get(len(parts), ()):
+        for other in self._paths.get((len(parts), parts[-1]), ()):
             pairs = zip(parts, other.split("."), strict=True)
             different = [pair for pair in pairs if pair[0] != pair[1]]
-            if other.endswith(f".{parts[-1]}") and len(different) == 1:
-                if different[0][1].isdecimal():
-                    continue
+            if len(different) == 1 and not different[0][1].isdecimal():
                 if found:
                     return ""
                 found = other
         return found
 
     @cached_property
-    def _paths(self) -> Mapping[int, set[str]]:
+    def _paths(self) -> Mapping[tuple[int, str], set[str]]:
         """The modules that the files hold, and the paths above them, by their number of
-        names."""
-        found: dict[int, set[str]] = defaultdict(set)
+        names and the last of them."""
+        found: dict[tuple[int, str], set[str]] = defaultdict(set)
         for name in self._names:
             parts = name.split(".")
             for count in range(1, len(parts) + 1):
-                found[count].add(".".join(parts[:count]))
+                found[count, parts[count - 1]].add(".".join(parts[:count]))
         return found
 
     def _weights(self, name: str, rank: int) -> list[Stored]:

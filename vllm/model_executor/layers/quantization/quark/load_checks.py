@@ -303,8 +303,8 @@ def _quantization_config(model_config: ModelConfig) -> Config:
 
 def _layers(
     model: nn.Module, checks: Checks
-) -> Generator[tuple[str, nn.Module, Layer], None, None]:
-    """The INT8 layers of a model that the files hold weights for."""
+) -> Generator[tuple[str, Any, Layer], None, None]:
+    """The layers of a model that the files hold weights for, INT8 ones and floats."""
     export = checks.export
     if export is None:
         return
@@ -312,7 +312,7 @@ def _layers(
         # A layer knows the name under which it asked.
         asked = getattr(module, "prefix", getattr(module, "layer_name", prefix))
         found = export.asked(asked) or export.asked(prefix)
-        if found is not None and found.config is not None and _is_int8(module):
+        if found is not None and _is_int8(module) == (found.config is not None):
             yield prefix, module, found
 
 
@@ -325,29 +325,42 @@ def _is_int8(module: nn.Module) -> bool:
 
 
 def _check_shapes(model: nn.Module, checks: Checks) -> None:
-    """Compare the shapes of INT8 weights with those of the layers that take them: a
-    loader cuts its share out of a larger tensor without a word."""
+    """Compare the shapes of weights with those of the layers that take them: a loader
+    cuts its share out of a larger tensor without a word."""
     for prefix, module, layer in _layers(model, checks):
         if isinstance(module, FusedMoE):
             expected = [_expert_shapes(module, layer)] * len(layer.weights)
         else:
             expected = _linear_shapes(module, len(layer.weights))
         for stored, shapes in zip(layer.weights, expected, strict=False):
-            if stored.weight.shape[-2:] not in shapes:
-                wanted = " or ".join(str(list(each)) for each in sorted(shapes))
-                checks.report(
-                    of_tensor(
-                        "weight-misshapen",
-                        stored.weight,
-                        f"I8 {wanted} for {prefix}",
-                        f"I8 {list(stored.weight.shape)}",
-                    )
-                )
+            shape = stored.weight.shape[-2:]
+            if shape in shapes or (layer.config is None and _may_fit(shape, shapes)):
+                continue
+            wanted = " or ".join(str(list(each)) for each in sorted(shapes))
+            found = f"{stored.weight.dtype} {list(stored.weight.shape)}"
+            kind = "floats" if layer.config is None else "I8"
+            expected_there = f"{kind} {wanted} for {prefix}"
+            checks.report(
+                of_tensor("weight-misshapen", stored.weight, expected_there, found)
+            )
+
+
+def _may_fit(shape: tuple[int, ...], shapes: set[tuple[int, ...]]) -> bool:
+    """Whether a float weight may become one of these: models turn some around, or fill
+    them up. What is larger either way would be cut."""
+    return any(
+        all(size <= limit for size, limit in zip(one, wanted, strict=True))
+        for one in (shape, shape[::-1])
+        for wanted in shapes
+    )
 
 
 def _linear_shapes(module: Any, count: int) -> list[set[tuple[int, ...]]]:
     """The shape [N, K] of each of the `count` weights of a linear layer in the
-    checkpoint; empty where the layer is made of other parts."""
+    checkpoint; empty where the layer is made of other parts, or its model has given the
+    weight another shape, as that of a convolution."""
+    if module.weight.ndim != 2:
+        return []
     if hasattr(module, "total_num_kv_heads"):
         key = module.total_num_kv_heads * module.head_size
         value = module.total_num_kv_heads * getattr(
@@ -408,12 +421,12 @@ def _check_values(model: nn.Module, checks: Checks) -> None:
     """Scales are finite and above zero, ignored zero points are zero."""
     by_file: dict[Path, list[tuple[Stored, TensorInfo, str, bool]]] = defaultdict(list)
     for _, module, layer in _layers(model, checks):
+        if layer.config is None:
+            continue
         is_experts = isinstance(module, FusedMoE)
         for stored in layer.weights:
             for suffix, tensor in stored.companions.items():
-                if suffix in SCALES or must_be_zero(
-                    suffix, is_experts, layer.config or {}
-                ):
+                if suffix in SCALES or must_be_zero(suffix, is_experts, layer.config):
                     place = stored, tensor, suffix, is_experts
                     by_file[tensor.file].append(place)
     for file, found in by_file.items():
