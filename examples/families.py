@@ -312,8 +312,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], heading: str) -> str:
         f"{BAR_ERRORS} standard errors and {BAR_BFLOAT16}. `garbage`: less. `refused`: "
         "the engine ended with an error. `needs a GPU`: so does the unquantized model, "
         f"with the same error. Models that take pictures are asked {NUM_PICTURES} "
-        "questions with one too: `garbage: with pictures` says that those alone are not "
-        "answered as the unquantized model does. Where stock's unquantized answers "
+        "questions with one too: `garbage: with pictures` says that those alone are "
+        "not answered as the unquantized model does. Where stock's unquantized answers "
         "are not transformers' (*), they are the reference. Figures are the fork's, or "
         "stock's where the fork has none; quark-check's verdicts are of the fork, then "
         "of stock.",
