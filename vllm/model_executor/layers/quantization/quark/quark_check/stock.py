@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a release of vLLM, without the fork, reads a Quark config for a layer.
+
+Told from the sources of the releases that releases.toml names, and compared with their
+own QuarkConfig where their wheels are at hand. Needs Python alone.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
+    Asked,
+    Renames,
+)
+from vllm.model_executor.layers.quantization.quark.rules import Config, matches
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a release makes of a layer: `config` of its scheme, None for floats;
+    `refusal` where it ends with an error."""
+
+    config: Config | None = None
+    refusal: str = ""
+
+
+_OVERRIDES = "layer_quant_config"
+
+
+def _names(value: object) -> list[str]:
+    """An entry of the config that may be a list of names, or null."""
+    return [each for each in value if isinstance(each, str)] if (
+        isinstance(value, list)
+    ) else []
+
+
+class StockConfig:
+    """A quantization_config as releases read it. `mappers`: the model's renamings."""
+
+    def __init__(self, config: Config, mappers: Sequence[Renames] = ()) -> None:
+        self.refusal = ""
+        config = copy.deepcopy(dict(config))
+        self._read_key_value_cache(config)
+        # After as many renamings as were made when a layer asks.
+        self._renamed: list[Mapping[str, Any]] = [config]
+        for mapper in mappers:
+            self._renamed.append(_apply(mapper, self._renamed[-1]))
+
+    def _read_key_value_cache(self, config: dict[str, Any]) -> None:
+        """The scheme of the key/value cache is taken out of those of its layers."""
+        export = config.get("export")
+        group = export.get("kv_cache_group") if isinstance(export, Mapping) else None
+        if not isinstance(group, list):
+            # Upstream asks for its length.
+            self.refusal = "export.kv_cache_group is no list" if export else "no export"
+            return
+        overrides = config.get(_OVERRIDES) or {}
+        if not group:
+            return
+        found = [
+            layer
+            for name, layer in overrides.items()
+            if any(fnmatch(name, pattern) for pattern in _names(group))
+        ]
+        if not found:
+            self.refusal = "no layer_quant_config for kv_cache_group"
+        for layer in found:
+            layer["output_tensors"] = None
+        if isinstance(queries := overrides.get("*q_proj"), dict):
+            queries["output_tensors"] = None
+
+    def decide(self, asked: Asked) -> Decision:
+        config = self._renamed[min(asked.mappers, len(self._renamed) - 1)]
+        parent, _, last = asked.prefix.rpartition(".")
+        names = [asked.prefix]
+        if asked.packed is not None:
+            names = [asked.prefix.replace(last, each) for each in asked.packed]
+        exclude = _names(config.get("exclude"))
+        ignored = {_is_ignored(name, exclude) for name in names}
+        if len(ignored) > 1:
+            return Decision(refusal="some shards of a fused layer are excluded")
+        if ignored == {True}:
+            if asked.kind == "experts":
+                return Decision(refusal="excluded experts are taken for a linear layer")
+            return Decision()
+        found = [_find(name, config) for name in names]
+        if any(each != found[0] for each in found):
+            return Decision(refusal="shards of a fused layer have different schemes")
+        return Decision(found[0])
+
+
+def _apply(mapper: Renames, config: Mapping[str, Any]) -> dict[str, Any]:
+    renamed: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, list):
+            renamed[key] = mapper.apply_list(_names(value))
+        elif isinstance(value, dict):
+            renamed[key] = mapper.apply_dict(value)
+        else:
+            renamed[key] = value
+    return renamed
+
+
+def _is_ignored(name: str, exclude: Sequence[str]) -> bool:
+    """Full names, and expressions after re:, of vLLM's own names."""
+    return name in exclude or any(
+        entry.startswith("re:") and matches(name, entry) for entry in exclude
+    )
+
+
+def _find(name: str, config: Mapping[str, Any]) -> Config:
+    for entry, layer in (config.get(_OVERRIDES) or {}).items():
+        # A name without a star is looked for in the entry, not the other way around.
+        if fnmatch(name, entry) if "*" in entry else name in entry:
+            return layer
+    return config["global_quant_config"]
