@@ -31,12 +31,16 @@ from vllm.model_executor.layers.quantization.quark.dry_run import (
 )
 from vllm.model_executor.layers.quantization.quark.layout import first_value
 from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
-    FILE,
+
     general,
     special,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+FILE = (
+    ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
+    / "architectures.json"
+)
 DRY_RUN = ROOT / "vllm/model_executor/layers/quantization/quark/dry_run.py"
 FOLDER = ROOT / "build/releases"
 # All that run with torch 2.11, and the last before them, whose models do as well.

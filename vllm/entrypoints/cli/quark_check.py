@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="zero points, schemes, kernels and what releases know too",
     )
     parser.add_argument(
+        "--no-model",
+        action="store_true",
+        help="do not ask the model of the installed vLLM; tell from what is known",
+    )
+    parser.add_argument(
         "--deep", action="store_true", help="read the tensors too; needs numpy"
     )
     parser.add_argument(

@@ -30,10 +30,10 @@ from vllm.model_executor.layers.quantization.quark.export import (
     WEIGHT,
     Module,
     expert_of,
+    must_be_zero,
 )
 from vllm.model_executor.layers.quantization.quark.layout import (
     MAX_EXPERTS,
-    Layout,
     layer_index,
 )
 from vllm.model_executor.layers.quantization.quark.problems import (
@@ -45,6 +45,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
     finding,
     worst_first,
 )
+from vllm.model_executor.layers.quantization.quark.quark_check.known import Known
 
 # A row is saturated where so large a share of its weights, and no fewer than so many,
 # lie at the end of the range. A row scaled by its largest weight has one or two there.
@@ -476,21 +477,22 @@ def _reference_findings(
 
 
 def deep_findings(
-    tensors: Mapping[str, TensorInfo],
-    layout: Layout,
+    known: Known,
     reference: Path | None = None,
     progress: Progress | None = None,
 ) -> DeepResult:
     """Read all tensors, of a checkpoint on this machine, and what they say.
 
-    tensors: name -> TensorInfo, as `read_checkpoint` gives them; layout: of the same;
+    known: of the checkpoint;
     reference: folder of the float checkpoint to compare with; progress: called now and
     then. Needs memory for some MiB and the scales of one module, whatever the size of
     the tensors. Raises CheckpointError for a file that cannot be read and for a
     reference that is no float version of the same model.
     """
+    tensors = known.export.tensors
+    int8 = {each.name: each for each in known.int8}
     order = sorted(
-        layout.modules.items(),
+        known.export.modules.items(),
         key=lambda item: min((each.file, each.start) for each in item[1].values()),
     )
     compared = _Reference(reference) if reference else None
@@ -517,11 +519,13 @@ def deep_findings(
     modules = [_measure(*pair, counter) for pair in pairs]
     faults: dict[str, list[str]] = defaultdict(list)
     for name, module in order:
-        is_loaded = layout.is_loaded(name)
         for suffix, tensor in module.items():
             if suffix == WEIGHT and _is_int8(module):
                 continue
-            is_ignored = is_loaded and layout.must_be_zero(name, module, suffix)
+            read = int8.get(name)
+            is_ignored = read is not None and must_be_zero(
+                suffix, read.is_experts, read.config
+            )
             for each in _faults(tensor, is_ignored, counter):
                 faults[each].append(tensor.name)
     findings = [*_fault_findings(faults), *_stand_out(modules)]

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
     CheckpointError,
     misfit,
 )
-from vllm.model_executor.layers.quantization.quark.quark_check.plan import CONFIG
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import CONFIG
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What is read of each shard at once: most headers are shorter.

@@ -1,69 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is wrong with a checkpoint, and what comes of it on which vLLM.
 
-Of this fork layout.py decides, as it does while the engine starts; of releases it is
-told from what they do not know.
+Of this fork the engine's own checks decide, or the same told from what is known of the
+model (known.py); of releases it is told from their models and their way to read a config
+(stock.py). What is not known is said so.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from vllm.model_executor.layers.quantization.quark.export import (
     COMPANIONS,
     INPUT_ZERO_POINT,
     SCALE,
-    WEIGHT,
     ZERO_POINT,
-    Module,
+    Stored,
     int8_with_scales,
 )
-from vllm.model_executor.layers.quantization.quark.layout import (
-    FUSED,
-    Layout,
-    layer_index,
-)
-from vllm.model_executor.layers.quantization.quark.problems import (
-    EXPORT_AGAIN,
+from vllm.model_executor.layers.quantization.quark.problems import KINDS, Problem
+from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
+    Asked,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
     Finding,
     Severity,
     finding,
 )
-from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
+from vllm.model_executor.layers.quantization.quark.quark_check.known import Int8, Known
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
     Checkpoint,
     quantization_config,
-    spans,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
     FORK,
+    FORK_CPU,
     FORK_GPU,
     Outcome,
     fact,
-    facts_file,
     listed,
     on,
     stock,
     targets,
     without,
 )
+from vllm.model_executor.layers.quantization.quark.quark_check.stock import (
+    Decision,
+    StockConfig,
+)
 from vllm.model_executor.layers.quantization.quark.rules import (
     Config,
-    Entries,
-    find_override,
     is_int8,
     is_static,
-    matches,
-    mixed_shards,
     part_of,
 )
 
-# Name, tensors, config.
-Int8Module = tuple[str, Module, Config]
-
 # What --deep finds that this fork refuses.
 _REFUSED_WHEN_READ = ("non-finite", "scale-not-positive", "zero-point-not-zero")
+# Told of releases by what they do with these very layers, not by the kind of problem.
+_TOLD_OTHERWISE = ("float-not-excluded", "shards-differ")
+# Kinds of exports of which all but the experts of an architecture are INT8.
+_FLOAT_EXPERTS = "experts-float"
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,7 @@ def deep_issue(found: Finding) -> Issue:
     )
 
 
-def find_issues(checkpoint: Checkpoint) -> Iterator[Issue]:
-    layout = checkpoint.layout
+def find_issues(checkpoint: Checkpoint, known: Known | None) -> Iterator[Issue]:
     if "auto_map" in checkpoint.model:
         yield Issue(
             finding(
@@ -98,37 +94,37 @@ def find_issues(checkpoint: Checkpoint) -> Iterator[Issue]:
             ),
             {},
         )
+    if checkpoint.has_keys_twice:
+        yield Issue(
+            finding(
+                "keys-twice",
+                "note",
+                "config.json has a key twice",
+                "The last one counts, to transformers and here.",
+                "delete the other one",
+            ),
+            {},
+        )
     if checkpoint.problem is not None:
         yield _config_unreadable(checkpoint.problem)
-    elif layout is None:
+    elif known is None:
         yield from _without_int8(checkpoint)
     else:
-        yield from _layout_issues(layout)
-        try:
-            int8 = list(layout.int8_modules())
-        except ValueError:
-            return  # one of the layout's problems
-        too_old = _too_old(layout, int8)
+        too_old = _too_old(known)
         yield from too_old.values()
         # What a release makes of a checkpoint that it refuses anyhow is of no interest.
         but = {name for issue in too_old.values() for name in issue.outcomes}
-        yield from _scheme_issues(layout, int8, but)
-        yield from _exclude_issues(layout, checkpoint.architecture, but)
-        yield from _override_issues(layout, int8, but)
-        yield from _storage_issues(layout, int8, but)
+        yield from _fork_issues(known)
+        yield from _unknown_issues(checkpoint, known, but)
+        yield from _scheme_issues(known.int8, but)
+        yield from _release_issues(known, but)
+        yield from _storage_issues(known, but)
 
 
 def _config_unreadable(problem: ValueError) -> Issue:
-    text = str(problem)
+    kind = KINDS["config-unreadable"]
     return Issue(
-        finding(
-            "config-unreadable",
-            "refused",
-            "the quantization_config is none that vLLM can read",
-            text,
-            "export the model with amd-quark 0.13, or copy the quantization_config of "
-            "such an export",
-        ),
+        finding(kind.id, "refused", kind.summary, str(problem), kind.remedy),
         on(targets(), "refused"),
     )
 
@@ -136,14 +132,14 @@ def _config_unreadable(problem: ValueError) -> Issue:
 def _without_int8(checkpoint: Checkpoint) -> Iterator[Issue]:
     int8 = [tensor.name for tensor in int8_with_scales(checkpoint.tensors)]
     if int8 and quantization_config(checkpoint.model) is None:
+        kind = KINDS["config-lost"]
         yield Issue(
             finding(
-                "config-lost",
+                kind.id,
                 "wrong",
-                "INT8 weights with scales, and no quantization_config",
-                "vLLM would read the whole numbers as if they were the weights: "
-                "garbage. This fork refuses it.",
-                "copy config.json from the export",
+                kind.summary,
+                f"{kind.why} This fork refuses it.",
+                kind.remedy,
                 int8,
             ),
             on(stock(), "wrong") | on(FORK, "refused"),
@@ -162,127 +158,208 @@ def _without_int8(checkpoint: Checkpoint) -> Iterator[Issue]:
     )
 
 
-# --- what layout.py finds: this fork refuses it ----------------------------------
-
-# Problem -> what the releases of vLLM make of it, its summary, why it matters, remedy.
-_PROBLEMS: dict[str, tuple[Outcome, str, str, str]] = {
-    "exclude-names-nothing": (
-        "right",
-        "exclude has entries that name nothing in the checkpoint",
-        "What they should exclude would be read as INT8, were it there.",
-        "correct the entry in config.json, or delete it",
-    ),
-    "weight-missing": (
-        "wrong",
-        "scales without the weight that they belong to",
-        "The weight would stay memory that nothing wrote.",
-        "export the checkpoint again, or download the shard that has it",
-    ),
-    "experts-differ": (
-        "unknown",
-        "the config treats experts of one layer differently",
-        "vLLM fuses a layer's experts, so they have one scheme.",
-        "export the checkpoint again with one scheme for all experts of a layer",
-    ),
-    "head-quantized": (
-        "refused",
-        "the output layer or the embedding is stored as INT8",
-        "vLLM keeps these in the model's dtype, and has no place for their scales.",
-        "export the checkpoint again with them in exclude",
-    ),
-    "int8-excluded": (
-        "wrong",
-        "stored as INT8, yet exclude names it",
-        "vLLM would read the whole numbers as if they were the weights: garbage.",
-        "delete the entry from exclude in config.json, or export again",
-    ),
-    "int8-unasked": (
-        "unknown",
-        "stored as INT8, and the config asks for something else",
-        "Config and weights are not of one export.",
-        "copy config.json from the export, or export the checkpoint again",
-    ),
-    "scheme-without-kernel": (
-        "refused",
-        "a scheme for which vLLM has no kernel",
-        "INT8 kernels take symmetric weights, and activations per token and dynamic, "
-        "or per tensor and static.",
-        "export the checkpoint again with such a scheme",
-    ),
-    "float-not-excluded": (
-        "wrong",
-        "stored as floats, yet exclude does not name it",
-        "vLLM reads it as INT8: floats are cut to whole numbers, and the scales that "
-        "the export does not hold stay memory that nothing wrote. Garbage.",
-        "add the names to exclude in config.json (--fix does), or export again",
-    ),
-    "weight-misshapen": (
-        "refused",
-        "a weight that is neither [N, K] nor [E, N, K]",
-        "No layer takes it.",
-        "export the checkpoint again",
-    ),
-    "scale-missing": (
-        "wrong",
-        "an INT8 weight without its scale",
-        "The scale would stay memory that nothing wrote, or 1.",
-        "export the checkpoint again, or download the shard that has it",
-    ),
-    "scale-of-other-dtype": (
-        "unknown",
-        "scales or zero points of a dtype that Quark does not write",
-        "They would be cast without a word.",
-        "export the checkpoint again",
-    ),
-    "scale-misshapen": (
-        "refused",
-        "scales that do not fit their weight",
-        "One a channel or one a tensor is what a layer takes, as its config says.",
-        "export the checkpoint again, or correct qscheme in config.json",
-    ),
-    "static-scale-of-dynamic": (
-        "unknown",
-        "stored scales of activations that the config calls dynamic",
-        "The config is not that of this export.",
-        "correct input_tensors in config.json, or export again",
-    ),
-    "experts-miscounted": (
-        "wrong",
-        "not as many experts as config.json counts",
-        "An expert that is not there would stay memory that nothing wrote.",
-        "download what is missing, or correct the number of experts in config.json",
-    ),
-}
-PROBLEMS = tuple(_PROBLEMS)
+# --- what this fork's engine says ---------------------------------------------------
 
 
-def _layout_issues(layout: Layout) -> Iterator[Issue]:
-    by_id: dict[str, list[str]] = defaultdict(list)
-    errors: dict[str, str] = {}
-    for problem in layout.problems():
-        by_id[problem.id].append(problem.name)
-        errors.setdefault(problem.id, str(problem.error))
-    for id, names in by_id.items():
-        outcome, summary, why, remedy = _PROBLEMS[id]
+def _fork_issues(known: Known) -> Iterator[Issue]:
+    by_id: dict[str, list[Problem]] = defaultdict(list)
+    for problem in known.problems:
+        by_id[problem.id].append(problem)
+    for id, problems in by_id.items():
+        kind = KINDS[id]
+        names = list(dict.fromkeys(each.name for each in problems))
+        if kind.severity == "warning":
+            # What releases make of it is told by what they do with the very layers.
+            yield Issue(
+                finding(id, "note", kind.summary, kind.why, kind.remedy, names), {}
+            )
+            continue
+        outcome = "right" if id in _TOLD_OTHERWISE else kind.stock
         severity: Severity = "wrong" if outcome == "wrong" else "refused"
-        fork = "This fork (patch 0010) refuses it: "
+        why = f"{kind.why} This fork (patch 0010) refuses it: {problems[0].error}"
+        remedy = problems[0].remedy or kind.remedy
         yield Issue(
-            finding(id, severity, summary, f"{why} {fork}{errors[id]}", remedy, names),
+            finding(id, severity, kind.summary, why, remedy, names),
             on(stock(), outcome) | on(FORK, "refused"),
+        )
+    yield from _load_issues(known)
+
+
+def _load_issues(known: Known) -> Iterator[Issue]:
+    """What the model itself says when it is built and loaded, or what it was seen to
+    say."""
+    looked, structure = known.looked, known.structure
+    if structure is None:
+        return
+    if looked is None or not structure.is_derived:
+        if structure.int8_error:
+            yield _does_not_load(structure.int8_error, FORK)
+        return
+    engine, here = looked.engine, FORK_CPU if looked.platform == "cpu" else FORK_GPU
+    if engine.stage and not _is_told(engine.error, known.problems):
+        # A kernel that is missing on this platform is a matter of this platform.
+        is_here = engine.error.startswith("NotImplementedError")
+        yield _does_not_load(engine.error, [here] if is_here else FORK)
+    if structure.only_text:
+        yield _only_text()
+
+
+def _is_told(error: str, problems: Iterable[Problem]) -> bool:
+    return any(str(each.error) in error for each in problems)
+
+
+def _does_not_load(error: str, names: Iterable[str]) -> Issue:
+    return Issue(
+        finding(
+            "model-does-not-load",
+            "refused",
+            "the model cannot be built, or does not take these tensors",
+            error,
+            "an export that the model takes: upstream's own matter, such as names of "
+            "tensors or a scheme without a kernel",
+        ),
+        on(names, "refused"),
+    )
+
+
+def _only_text() -> Issue:
+    return Issue(
+        finding(
+            "text-alone",
+            "note",
+            "seen without the model's images",
+            "With them the model of this vLLM does not load the checkpoint: the names "
+            "of those tensors are not those that it takes.",
+            "--language-model-only, or limit_mm_per_prompt of 0 images",
+        ),
+        {},
+    )
+
+
+# --- what is not known --------------------------------------------------------------
+
+
+def _unknown_issues(
+    checkpoint: Checkpoint, known: Known, but: set[str]
+) -> Iterator[Issue]:
+    if known.structure is None:
+        yield Issue(
+            finding(
+                "model-unknown",
+                "note",
+                f"what vLLM makes of {checkpoint.architecture} is not known",
+                known.why_not,
+                "run `vllm quark-check` where the vLLM that you serve with is "
+                "installed: it asks the model itself",
+            ),
+            on(FORK, "unknown"),
+        )
+    elif known.unknown:
+        yield Issue(
+            finding(
+                "module-unknown",
+                "note",
+                "where these tensors go is not known",
+                "No release that was looked into has told it of this architecture.",
+                "run `vllm quark-check` where the vLLM that you serve with is "
+                "installed: it asks the model itself",
+                known.unknown,
+            ),
+            on(FORK, "unknown"),
+        )
+    lacking = [
+        row
+        for row in stock()
+        if row not in but
+        and (
+            row not in known.releases
+            or any(each.unknown(known.export.tensors) for each in known.releases[row])
+        )
+    ]
+    if lacking:
+        yield Issue(
+            finding(
+                "releases-unknown",
+                "note",
+                f"what vLLM {listed(lacking)} makes of it is not known",
+                "Of those releases nothing, or not all, is known of this architecture.",
+                "nothing to do",
+            ),
+            on(lacking, "unknown"),
+        )
+    yield from _cpu_issues(known)
+    others = [
+        stored.weight.name
+        for _, layer in known.layers.values()
+        if layer.config is not None and not is_int8(layer.config)
+        for stored in layer.weights
+    ]
+    if others:
+        yield Issue(
+            finding(
+                "other-schemes",
+                "note",
+                "layers of other schemes beside INT8",
+                "Those are upstream's matter, and not looked into.",
+                "nothing to do",
+                others,
+            ),
+            on(targets(), "unknown"),
         )
 
 
-# --- releases that know no such layer ---------------------------------------------
+def _cpu_issues(known: Known) -> Iterator[Issue]:
+    structure = known.structure
+    if structure is None:
+        return
+    lacks = known.looked.structure.lacks if known.looked else ()
+    for each in lacks:
+        yield Issue(
+            finding(
+                "platform-lacks",
+                "refused",
+                "this platform cannot compute the model's attention",
+                each,
+                "VLLM_MLA_DISABLE=1, for models with multi-head latent attention",
+            ),
+            on([FORK_CPU], "refused"),
+        )
+    floats = [
+        asked.prefix
+        for asked, layer in known.layers.values()
+        if asked.kind == "experts" and layer.config is None
+    ]
+    seen = set(known.cpu)
+    if floats:
+        is_seen = _FLOAT_EXPERTS in seen
+    else:
+        is_seen = bool(seen - {_FLOAT_EXPERTS})
+    if not is_seen:
+        what = "with experts in floats" if floats else "INT8"
+        yield Issue(
+            finding(
+                "cpu-unknown",
+                "note",
+                f"nobody has seen this architecture, {what}, run on a CPU",
+                "Upstream's CPU platform lacks some models' layers.",
+                "see docs/families.md for those that were run",
+                floats,
+            ),
+            on([FORK_CPU], "unknown"),
+        )
 
 
-def _too_old(layout: Layout, int8: list[Int8Module]) -> dict[str, Issue]:
+# --- releases that know no such layer -------------------------------------------------
+
+
+def _too_old(known: Known) -> dict[str, Issue]:
     """Fact -> the releases that lack it refuse what the checkpoint has."""
     kinds: dict[str, list[str]] = {"int8-experts": [], "per-token": []}
-    for name, module, layer in int8:
-        if layout.experts_prefix(name, module) is not None:
-            kinds["int8-experts"].append(name)
-        elif not is_static(layer):
-            kinds["per-token"].append(name)
+    for each in known.int8:
+        if each.is_experts:
+            kinds["int8-experts"].append(each.name)
+        elif not is_static(each.config):
+            kinds["per-token"].append(each.name)
     what = {
         "int8-experts": "INT8 experts",
         "per-token": "INT8 layers with activations per token",
@@ -307,23 +384,21 @@ def _too_old(layout: Layout, int8: list[Int8Module]) -> dict[str, Issue]:
 # --- schemes ----------------------------------------------------------------------
 
 
-def _scheme_issues(
-    layout: Layout, int8: list[Int8Module], but: set[str]
-) -> Iterator[Issue]:
+def _scheme_issues(int8: list[Int8], but: set[str]) -> Iterator[Issue]:
     static_channels, tensor_scales, asymmetric = [], [], []
-    for name, module, layer in int8:
-        if not is_int8(layer):
-            continue
-        weight, inputs = part_of(layer, "weight"), part_of(layer, "input_tensors")
-        static, per_channel = is_static(layer), weight.get("qscheme") == "per_channel"
-        fused = layout.experts_prefix(name, module) is not None
-        if fused and static and per_channel:
-            static_channels.append(name)
-        if fused and not static and not per_channel:
-            tensor_scales.append(name)
+    for each in int8:
+        weight = part_of(each.config, "weight")
+        inputs = part_of(each.config, "input_tensors")
+        static = is_static(each.config)
+        per_channel = weight.get("qscheme") == "per_channel"
+        if each.is_experts and static and per_channel:
+            static_channels.append(each.name)
+        if each.is_experts and not static and not per_channel:
+            tensor_scales.append(each.name)
         is_asymmetric = static and inputs.get("symmetric") is False
-        if fused and is_asymmetric and INPUT_ZERO_POINT in module:
-            asymmetric.append(f"{name}.{INPUT_ZERO_POINT}")
+        if each.is_experts and is_asymmetric:
+            if INPUT_ZERO_POINT in each.stored.companions:
+                asymmetric.append(f"{each.name}.{INPUT_ZERO_POINT}")
     if tensor_scales:
         old = without("expert-tensor-scales", but)
         yield Issue(
@@ -370,146 +445,187 @@ def _scheme_issues(
         )
 
 
-# --- exclude ------------------------------------------------------------------------
+# --- what releases make of each layer -------------------------------------------------
+
+# What a release does with a layer -> how bad it is, and the finding's texts.
+_WRONG = {
+    "exclude-fused": (
+        "would read {what} as INT8: garbage",
+        "It fuses them, and its model does not say from what, so it does not find the "
+        "fused layers in exclude: their floats are cut to whole numbers without a "
+        "word, and scales that the export does not hold stay memory that nothing "
+        "wrote.",
+        "this fork, or a release whose model says what it fuses (patch 0003 for "
+        "Step-3.5); or vLLM's own names of the fused layers in exclude in config.json "
+        "(--fix adds them)",
+    ),
+    "exclude-patterns": (
+        "does not find {what} in exclude: garbage",
+        "It knows full names and re: with its own names for modules, and no globs, so "
+        "it would read these floats as INT8.",
+        "this fork: patch 0008; or full names in exclude in config.json (--fix does)",
+    ),
+    "exclude-experts": (
+        "would read experts that exclude names as INT8: garbage",
+        "It fuses the experts under one name, which exclude does not have.",
+        "this fork: patch 0008",
+    ),
+    "float-not-excluded": (
+        "would read {what} as INT8: garbage",
+        "They are stored as floats, and exclude does not name them. This fork reads "
+        "what is stored (patch 0010).",
+        "this fork; or their names in exclude in config.json (--fix adds them)",
+    ),
+    "int8-left-float": (
+        "would read {what} as floats: garbage",
+        "It finds them in exclude, or in an override that leaves them alone, by rules "
+        "that are not Quark's.",
+        "this fork: patch 0008",
+    ),
+}
+_REFUSED = {
+    "override-unread": (
+        "overrides of the config that {old} does not follow",
+        "It matches layer_type_quant_config with nothing, and layer_quant_config with "
+        "no expert, so it expects other scales than are stored.",
+        "this fork: patch 0008",
+    ),
+    "exclude-experts": (
+        "exclude names experts, which {old} takes for a linear layer",
+        "It ends with an error while the model is built.",
+        "this fork: patch 0008",
+    ),
+    "exclude-in-part": (
+        "{old} finds some shards of a fused layer in exclude, and not others",
+        "It ends with an error while the model is built.",
+        "full names of all of them in exclude in config.json (--fix does)",
+    ),
+    "scheme-unread": (
+        "{old} has no scheme for a layer that the config leaves as floats, or for its "
+        "outputs",
+        "It ends with NotImplementedError while the model is built.",
+        "this fork: patch 0010",
+    ),
+    "config-unread": (
+        "{old} cannot read the quantization_config",
+        "It ends with an error before the model is built: {refusal}.",
+        "this fork: patch 0010",
+    ),
+    "model-does-not-load": (
+        "the model of {old} does not take the tensors",
+        "Its loader ends with {refusal}.",
+        "an export that leaves these layers as floats",
+    ),
+}
 
 
-class _Stock:
-    """How releases match `exclude`, with or without knowing what they fuse."""
+def _release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
+    # (finding, "wrong" or "refused") -> release -> names of modules; refusals by id.
+    found: dict[tuple[str, Outcome], dict[str, list[str]]] = {}
+    refusals: dict[str, str] = {}
 
-    def __init__(self, layout: Layout, architecture: str) -> None:
-        known = facts_file()["architecture"].get(architecture)
-        self.is_listed = known is not None
-        self.renames: Mapping[str, str] = (known or {}).get("renames", {})
-        self.globs = [
-            entry for entry in layout.exclude.patterns if not entry.startswith("re:")
-        ]
-        entries = set(layout.config["exclude"]).difference(self.globs)
-        self.entries = Entries.of(self._rename(entry) for entry in entries)
-        self.shard_of = {
-            shard: (fused, shards)
-            for fused, shards in FUSED.items()
-            for shard in shards
-        }
+    def note(id: str, outcome: Outcome, row: str, names: Iterable[str]) -> None:
+        by_row = found.setdefault((id, outcome), {})
+        by_row.setdefault(row, []).extend(names)
 
-    def _rename(self, name: str) -> str:
-        for old, new in self.renames.items():
-            name = name.replace(old, new)
-        return name
-
-    def excludes(self, name: str, finds_fused: bool) -> bool:
-        """Whether the layer of vLLM that takes this module is left unquantized."""
-        parent, _, last = self._rename(name).rpartition(".")
-        fused, shards = self.shard_of.get(last, (last, [last]))
-        names = [f"{parent}.{shard}" for shard in shards]
-        if not finds_fused and self.is_listed:
-            names = [f"{parent}.{fused}"]
-        return all(self.entries.match(each) for each in names)
-
-
-def _exclude_issues(
-    layout: Layout, architecture: str, but: set[str]
-) -> Iterator[Issue]:
-    stock = _Stock(layout, architecture)
-    fused, patterns, experts, by_name = [], [], [], False
-    in_part: dict[str, dict[str, bool]] = defaultdict(dict)
-    for name, module in layout.modules.items():
-        weight = module.get(WEIGHT)
-        last = name.rpartition(".")[2]
-        if weight is None or last not in layout.linear_names:
+    for row, structures in known.releases.items():
+        if row in but:
             continue
-        if len(weight.shape) < 2 or not layout.is_loaded(name):
-            continue
-        try:
-            prefix = layout.experts_prefix(name, module)
-            layer = layout.layer_config(name, module)
-        except ValueError:
-            continue  # told by layout.problems
-        if prefix is None and last in stock.shard_of:
-            group = f"{name.rpartition('.')[0]}.{stock.shard_of[last][0]}"
-            in_part[group][name] = layer is None
-        if layer is not None or weight.dtype == "I8" or not _is_quantized(layout, name):
-            continue
-        if prefix is not None:
-            experts.append(name)
-            if not stock.entries.match(prefix):
-                by_name = True
-        elif not stock.excludes(name, finds_fused=True):
-            patterns.append(name)
-        elif not stock.excludes(name, finds_fused=False):
-            fused.append(name)
-    if fused:
-        old = without("fused-names", but)
+        for structure in structures:
+            config = StockConfig(known.export.config, structure.mappers)
+            if config.refusal:
+                note("config-unread", "refused", row, [])
+                refusals["config-unread"] = config.refusal
+                continue
+            if structure.int8_error and known.int8:
+                note("model-does-not-load", "refused", row, [])
+                refusals["model-does-not-load"] = structure.int8_error[:200]
+            for prefix, asked in structure.layers.items():
+                if prefix not in known.layers:
+                    continue
+                weights = known.layers[prefix][1].weights
+                own = known.layers[prefix][1].config
+                decision = config.decide(asked)
+                if told := _told(known, decision, asked, weights, own):
+                    note(*told, row, [each.module for each in weights])
+    for (id, outcome), by_row in found.items():
+        rows = [row for row in stock() if row in by_row]
+        names = list(dict.fromkeys(n for each in by_row.values() for n in each))
+        old = f"vLLM {listed(rows)}"
+        if outcome == "wrong":
+            summary, why, remedy = _WRONG[id]
+            summary = f"{old} {summary}"
+        else:
+            summary, why, remedy = _REFUSED[id]
+        words = {"what": _what(names), "old": old, "refusal": refusals.get(id, "")}
         yield Issue(
             finding(
-                "exclude-fused",
-                "wrong",
-                f"vLLM {listed(old)} would read {_what(fused)} as INT8: garbage",
-                f"It fuses them, and does not find the fused layers of {architecture} "
-                "in exclude: their floats are cut to whole numbers without a word, and "
-                "scales that the export does not hold stay memory that nothing wrote.",
-                f"vLLM {fact('fused-names').since} or later, or this fork: patch 0003; "
-                "or vLLM's own names of the fused layers in exclude in config.json "
-                "(--fix adds them)",
-                fused,
+                id,
+                outcome if outcome in ("wrong", "refused") else "note",
+                summary.format(**words),
+                why.format(**words),
+                remedy,
+                names,
             ),
-            on(old, "wrong"),
+            on(rows, outcome),
         )
-    if patterns:
-        old = without("quark-patterns", but)
-        kind = "globs" if stock.globs else "patterns"
-        yield Issue(
-            finding(
-                "exclude-patterns",
-                "wrong",
-                f"exclude names {_what(patterns)} by {kind}, which no release reads",
-                f"vLLM {listed(old)} knows full names and re: with its own names for "
-                "modules, so it would read these as INT8: garbage.",
-                "this fork: patch 0008; or full names in exclude in config.json "
-                "(--fix does)",
-                patterns,
-            ),
-            on(old, "wrong"),
-        )
-    if experts:
-        old = without("expert-names", but)
-        yield Issue(
-            finding(
-                "exclude-experts",
-                "wrong" if by_name else "refused",
-                "exclude names experts, which no release looked into leaves as floats",
-                f"vLLM {listed(old)} fuses the experts under one name. Where exclude "
-                "does not have that name it would read them as INT8, garbage; where it "
-                "has, it takes them for a linear layer, and ends with an error.",
-                "this fork: patch 0008",
-                experts,
-            ),
-            on(old, "wrong" if by_name else "refused"),
-        )
-    mixed = {
-        group: excluded
-        for group, excluded in in_part.items()
-        if len(set(excluded.values())) > 1
+
+
+def _told(
+    known: Known,
+    decision: Decision,
+    asked: Asked,
+    weights: Iterable[Stored],
+    own: Config | None,
+) -> tuple[str, Outcome] | None:
+    """What comes of a release's decision about a layer, where it is not right: the
+    finding, and how bad it is."""
+    weights = list(weights)
+    are_float = all(each.is_float for each in weights)
+    are_int8 = all(each.weight.dtype == "I8" for each in weights)
+    if decision.refusal:
+        if asked.kind == "experts":
+            return "exclude-experts", "refused"
+        return "exclude-in-part", "refused"
+    if decision.config is None:
+        return ("int8-left-float", "wrong") if are_int8 else None
+    if decision.config.get("output_tensors") or decision.config.get("bias"):
+        return "scheme-unread", "refused"
+    if not decision.config.get("weight"):
+        return "scheme-unread", "refused"
+    if not is_int8(decision.config):
+        return None  # another scheme, which is not looked into
+    if are_float:
+        return _cause(known, asked, weights), "wrong"
+    if are_int8 and own is not None and _differ(decision.config, own):
+        return "override-unread", "refused"
+    return None
+
+
+def _cause(known: Known, asked: Asked, weights: list[Stored]) -> str:
+    """Why a release reads a float layer as INT8."""
+    fused = asked.prefix if asked.kind == "experts" else ""
+    entries = [known.export.excluded_by(*each.names(fused)) for each in weights]
+    if any(entry is None for entry in entries):
+        configs = (known.export.config_of(*each.names(fused)) for each in weights)
+        # An override that leaves it as floats, or nothing of that kind.
+        is_asked = any(is_int8(config) for config in configs)
+        return "float-not-excluded" if is_asked else "exclude-patterns"
+    if asked.kind == "experts":
+        return "exclude-experts"
+    names = {
+        name for each, entry in zip(weights, entries, strict=True)
+        for name in [entry == each.module]
     }
-    if mixed:
-        group, excluded = next(iter(mixed.items()))
-        old = without("fused-names", but) if stock.is_listed else []
-        yield Issue(
-            finding(
-                "exclude-in-part",
-                "wrong" if old else "refused",
-                "exclude names some shards of layers that vLLM fuses",
-                str(mixed_shards(group, excluded)),
-                f"{EXPORT_AGAIN} with all shards of a fused layer excluded or none",
-                mixed,
-            ),
-            on(targets(), "refused") | on(old, "wrong"),
-        )
+    return "exclude-fused" if names == {True} else "exclude-patterns"
 
 
-def _is_quantized(layout: Layout, name: str) -> bool:
-    """Whether the config asks for INT8 but for `exclude`."""
-    override = find_override(name, layout.config, layout.overrides)
-    return is_int8(override or layout.config["global_quant_config"])
+def _differ(one: Config, other: Config) -> bool:
+    return any(
+        part_of(one, kind).get(key) != part_of(other, kind).get(key)
+        for kind in ("weight", "input_tensors")
+        for key in ("dtype", "qscheme", "is_dynamic", "symmetric")
+    )
 
 
 def _what(names: list[str]) -> str:
@@ -517,90 +633,42 @@ def _what(names: list[str]) -> str:
     kinds = {
         "share": "shared experts",
         "self_attn": "attention",
+        ".gate": "routers",
+        "router": "routers",
         ".mlp.": "dense layers",
         "": "other modules",
     }
     found = {
-        next(words for mark, words in kinds.items() if mark in name) for name in names
-    }
-    return " and ".join(words for words in kinds.values() if words in found)
-
-
-# --- overrides ------------------------------------------------------------------------
-
-
-def _stock_layer(layout: Layout, name: str) -> Config:
-    """The config that releases take for a layer of that name."""
-    for entry, layer in (layout.config.get("layer_quant_config") or {}).items():
-        # Known there: full names and globs with a star.
-        is_glob = "*" in entry and not entry.startswith("re:")
-        if matches(name, entry) if is_glob else name == entry:
-            return layer
-    return layout.config["global_quant_config"]
-
-
-def _override_issues(
-    layout: Layout, int8: list[Int8Module], but: set[str]
-) -> Iterator[Issue]:
-    if not any(
-        layout.config.get(key)
-        for key in ("layer_quant_config", "layer_type_quant_config")
-    ):
-        return
-    names = []
-    cached: dict[str, Config] = {}
-    for name, module, layer in int8:
-        asked = layout.experts_prefix(name, module) or name
-        if asked not in cached:
-            cached[asked] = _stock_layer(layout, asked)
-        stock = cached[asked]
-        if any(
-            part_of(stock, kind).get(key) != part_of(layer, kind).get(key)
-            for kind in ("weight", "input_tensors")
-            for key in ("dtype", "qscheme", "is_dynamic", "symmetric")
-        ):
-            names.append(name)
-    if names:
-        old = without("quark-overrides", but)
-        yield Issue(
-            finding(
-                "override-unread",
-                "refused",
-                "overrides of the config that no release follows",
-                f"vLLM {listed(old)} matches layer_type_quant_config with nothing, and "
-                "layer_quant_config with no expert, so it expects other scales than "
-                "are stored.",
-                "this fork: patch 0008",
-                names,
-            ),
-            on(old, "refused"),
+        next(
+            words
+            for mark, words in kinds.items()
+            if (name.endswith(mark) if mark == ".gate" else mark in name)
         )
+        for name in names
+    }
+    return " and ".join(dict.fromkeys(w for w in kinds.values() if w in found))
 
 
 # --- how scales and zero points are stored ----------------------------------------
 
 
-def _storage_issues(
-    layout: Layout, int8: list[Int8Module], but: set[str]
-) -> Iterator[Issue]:
+def _storage_issues(known: Known, but: set[str]) -> Iterator[Issue]:
     linear: list[str] = []
     experts: list[str] = []
     vectors, zero_points = [], []
-    for name, module, layer in int8:
-        fused = layout.experts_prefix(name, module) is not None
-        per_channel = part_of(layer, "weight").get("qscheme") == "per_channel"
-        weight = module[WEIGHT]
-        rank = len(weight.shape) - 1  # of a vector of scales
+    for each in known.int8:
+        per_channel = part_of(each.config, "weight").get("qscheme") == "per_channel"
+        rank = len(each.stored.weight.shape) - 1  # of a vector of scales
         for suffix in COMPANIONS[:2]:
-            tensor = module.get(suffix)
+            tensor = each.stored.companions.get(suffix)
             if tensor is None or not per_channel:
                 continue
             if len(tensor.shape) == rank + 1 and tensor.shape[-1] == 1:
-                (experts if fused else linear).append(tensor.name)
-            elif fused and suffix == SCALE:
+                (experts if each.is_experts else linear).append(tensor.name)
+            elif each.is_experts and suffix == SCALE:
                 vectors.append(tensor.name)
-        if ZERO_POINT in module:
-            zero_points.append(module[ZERO_POINT].name)
+        if ZERO_POINT in each.stored.companions:
+            zero_points.append(each.stored.companions[ZERO_POINT].name)
     if linear:
         old = without("linear-columns", but)
         yield Issue(
@@ -657,20 +725,23 @@ def _storage_issues(
             ),
             {},
         )
-    after = {
-        index
-        for name in layout.modules
-        if not layout.is_loaded(name) and (index := layer_index(name)) is not None
-    }
-    if after:
+    cache = _key_value_cache(known)
+    if cache:
         yield Issue(
             finding(
-                "layers-after-the-last",
+                "key-value-cache",
                 "note",
-                f"layers {spans(after)} come after the last of config.json",
-                "They hold multi-token prediction, which vLLM loads as a model of its "
-                "own.",
+                "scales of a quantized key/value cache",
+                "They are used where the cache is kept in that format "
+                "(--kv-cache-dtype fp8), and change nothing elsewhere.",
                 "nothing to do",
+                cache,
             ),
             {},
         )
+
+
+def _key_value_cache(known: Known) -> list[str]:
+    return [
+        name for name in known.export.tensors if name.endswith(".output_scale")
+    ]

@@ -9,9 +9,6 @@ from functools import cached_property
 from vllm.model_executor.layers.quantization.quark.checkpoint import TensorInfo
 from vllm.model_executor.layers.quantization.quark.dry_run import DryRun, is_structure
 from vllm.model_executor.layers.quantization.quark.export import (
-    COMPANIONS,
-    SCALE,
-    WEIGHT,
     Export,
     Layer,
     Stored,
@@ -29,7 +26,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check.architectures imp
     general,
     of_dry_run,
 )
-from vllm.model_executor.layers.quantization.quark.quark_check.plan import Checkpoint
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import Checkpoint
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
     numbers,
     row_of,
@@ -38,9 +35,6 @@ from vllm.model_executor.layers.quantization.quark.rules import Config, is_int8
 
 # What this fork stands on, where architectures.json is asked.
 BASE = "0.20.2"
-# Tensors beside an INT8 weight that the model may leave out without harm.
-_HARMLESS = ("output_scale", "input_scale")
-
 
 @dataclass(frozen=True)
 class Int8:
@@ -103,10 +97,10 @@ class Known:
         return self._judged[0]
 
     @cached_property
-    def by_module(self) -> dict[str, tuple[Asked, Layer]]:
+    def by_module(self) -> dict[str, tuple[Asked, Layer, Stored]]:
         """The same, by the modules of the checkpoint that they take."""
         return {
-            stored.module: (asked, layer)
+            stored.module: (asked, layer, stored)
             for asked, layer in self.layers.values()
             for stored in layer.weights
         }

@@ -1,24 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM does with every module of a checkpoint, by the code that decides it there.
-
-rules.py and layout.py decide; this collapses their answers over layers and experts.
-"""
+"""What vLLM does with every module of a checkpoint, collapsed over layers and experts."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
-    INDEX,
-    Files,
-    LocalFiles,
-    TensorInfo,
-    misfit,
-    read_checkpoint,
-    read_json,
-)
 from vllm.model_executor.layers.quantization.quark.export import (
     INPUT_SCALE,
     INPUT_ZERO_POINT,
@@ -26,88 +12,23 @@ from vllm.model_executor.layers.quantization.quark.export import (
     WEIGHT,
     ZERO_POINT,
     Module,
-    check_config,
+    Stored,
     expert_of,
     modules_of,
 )
-from vllm.model_executor.layers.quantization.quark.layout import (
-    Layout,
-    first_value,
-    layer_index,
-)
+from vllm.model_executor.layers.quantization.quark.layout import layer_index
+from vllm.model_executor.layers.quantization.quark.quark_check.known import Known
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import Checkpoint
 from vllm.model_executor.layers.quantization.quark.rules import (
     Config,
-    has_int8,
+    Entries,
+    is_int8,
     is_static,
     part_of,
 )
 
-CONFIG = "config.json"
 # The numbers of a layer and of an expert in a module's name.
 _NUMBERED = re.compile(r"((?:^|\.)(?:layers|experts)\.)\d{1,9}(?=\.)")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint as its config, index and headers show it.
-
-    layout is None where no INT8 of Quark's is asked for; problem says why not where
-    the quantization_config is one that vLLM cannot read.
-    """
-
-    name: str
-    tensors: Mapping[str, TensorInfo]
-    model: Mapping[str, Any]
-    layout: Layout | None
-    problem: ValueError | None = None
-
-    @property
-    def architecture(self) -> str:
-        names = self.model.get("architectures")
-        first = names[0] if isinstance(names, list) and names else None
-        return first if isinstance(first, str) else "unknown architecture"
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.end - tensor.start for tensor in self.tensors.values())
-
-    @property
-    def num_files(self) -> int:
-        return len({tensor.file for tensor in self.tensors.values()})
-
-
-def quantization_config(model: Mapping[str, Any]) -> Config | None:
-    """The quantization_config of a config.json, or of its text_config."""
-    found = first_value(model, "quantization_config")
-    return found if isinstance(found, dict) else None
-
-
-def open_checkpoint(folder: Path, files: Files | None = None) -> Checkpoint:
-    """Read config.json, the index and the headers. Raises CheckpointError."""
-    files = files or LocalFiles(folder)
-    try:
-        names = files.sizes()
-    except OSError as error:
-        remedy = "give the folder of a checkpoint, or owner/name on Hugging Face"
-        raise misfit(folder, "a readable folder", str(error), remedy) from None
-    if CONFIG not in names:
-        remedy = "give the folder of a checkpoint as Hugging Face has it"
-        raise misfit(folder, f"{CONFIG} in it", "none", remedy)
-    model = read_json(folder / CONFIG, "the config", files)
-    tensors = read_checkpoint(folder, files)
-    if not tensors:
-        expected = f"{INDEX} or *.safetensors in it"
-        raise misfit(folder, expected, "neither", "download the weights as well")
-    name = folder.resolve().name if isinstance(files, LocalFiles) else str(folder)
-    config = quantization_config(model)
-    if config is None or config.get("quant_method") != "quark":
-        return Checkpoint(name, tensors, model, None)
-    try:
-        check_config(config)
-        layout = Layout(tensors, config, model) if has_int8(config) else None
-    except ValueError as error:
-        return Checkpoint(name, tensors, model, None, error)
-    return Checkpoint(name, tensors, model, layout)
 
 
 @dataclass(frozen=True)
@@ -208,38 +129,62 @@ def _zero_points(module: Module) -> str:
     return ", ".join(what for suffix, what in named.items() if suffix in module)
 
 
-def _treatment(layout: Layout | None, name: str, module: Module) -> Treatment:
+class _Rules:
+    """Which part of a quantization_config decides about a module."""
+
+    def __init__(self, known: Known) -> None:
+        self.export, config = known.export, known.export.config
+        self.overrides = Entries.of(config.get("layer_quant_config"))
+        self.by_type = (config.get("layer_type_quant_config") or {}).get("Linear")
+
+    def rule(self, stored: Stored, prefix: str) -> str:
+        """With the entry, if that is a pattern; `prefix`: of fused experts."""
+        names = stored.names(prefix)
+        if (entry := self.export.excluded_by(*names)) is not None:
+            return "exclude" if entry in names else f"exclude {entry!r}"
+        if stored.is_float and is_int8(self.export.config_of(*names)):
+            return "stored as floats"
+        for name in names:
+            if (entry := self.overrides.match(name)) is not None:
+                by_name = "" if entry in names else f" {entry!r}"
+                return f"layer_quant_config{by_name}"
+        if self.by_type is not None:
+            return "layer_type_quant_config 'Linear'"
+        return "global_quant_config"
+
+
+def _treatment(
+    known: Known | None, rules: _Rules | None, name: str, module: Module
+) -> Treatment:
     weight = module.get(WEIGHT)
     shown = weight or next(iter(module.values()))
     reads, rule, scheme, fused = shown.dtype, "", "", False
-    if layout is not None and weight is not None and len(weight.shape) > 1:
-        prefix = layout.experts_prefix(name, module)
-        fused = prefix is not None
-        if not layout.is_loaded(name):
-            reads, rule = "nothing", "after the last layer"
+    if known is not None and rules is not None and len(shown.shape) > 1:
+        structure = known.structure
+        if name in known.by_module:
+            asked, layer, stored = known.by_module[name]
+            fused = asked.kind == "experts"
+            rule = rules.rule(stored, asked.prefix if fused else "")
+            if layer.config is not None and is_int8(layer.config):
+                reads, scheme = "INT8", scheme_of(layer.config)
+        elif structure is None or shown.name not in structure.places:
+            reads = "not known"
+        elif (place := structure.places[shown.name]) is None:
+            reads, rule = "nothing", "not taken by the model"
         else:
-            layer = layout.layer_config(name, module)
-            rule = layout.rule(name, module)
-            is_read = name.rpartition(".")[2] in layout.linear_names
-            if layer is not None and (weight.dtype == "I8" or is_read):
-                reads, scheme = "INT8", scheme_of(layer)
-            elif layer is not None:
-                rule = "not a linear layer"
-    stored = f"{shown.dtype} {list(shown.shape)}"
+            rule = f"never quantized: {place.kind}"
+    stored_as = f"{shown.dtype} {list(shown.shape)}"
     scales, zero_points = _scale_layout(module), _zero_points(module)
-    return Treatment(reads, rule, scheme, stored, scales, zero_points, fused)
+    return Treatment(reads, rule, scheme, stored_as, scales, zero_points, fused)
 
 
-def make_plan(checkpoint: Checkpoint) -> list[Kind]:
+def make_plan(checkpoint: Checkpoint, known: Known | None) -> list[Kind]:
     """One Kind for all modules that are alike, in the order of the checkpoint."""
-    layout = checkpoint.layout
-    modules = layout.modules if layout else modules_of(checkpoint.tensors.values())
+    modules = modules_of(checkpoint.tensors.values())
+    rules = None if known is None else _Rules(known)
     kinds: dict[tuple[str, Treatment], Kind] = {}
     for name, module in modules.items():
-        try:
-            treatment = _treatment(layout, name, module)
-        except ValueError:  # also a finding, which says why
-            treatment = Treatment("refused", "experts differ", "", "", "", "", True)
+        treatment = _treatment(known, rules, name, module)
         kind_name = _NUMBERED.sub(r"\1*", name)
         kind = kinds.setdefault((kind_name, treatment), Kind(kind_name, treatment))
         kind.add(name)

@@ -31,25 +31,28 @@ from vllm.model_executor.layers.quantization.quark.export import (
     SCALE,
     SCALES,
     WEIGHT,
+    Export,
     check_config,
     expert_of,
+    must_be_zero,
 )
-from vllm.model_executor.layers.quantization.quark.layout import (
-    MAX_EXPERTS,
-    Layout,
-    fused_names,
-)
+from vllm.model_executor.layers.quantization.quark.layout import MAX_EXPERTS
 from vllm.model_executor.layers.quantization.quark.problems import (
     EXPORT_AGAIN,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check import stored
-from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
+from vllm.model_executor.layers.quantization.quark.quark_check.known import Known, know
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
     CONFIG,
+    Checkpoint,
     quantization_config,
 )
+from vllm.model_executor.layers.quantization.quark.quark_check.stock import StockConfig
 from vllm.model_executor.layers.quantization.quark.rules import (
     EXPERT_PROJECTIONS,
+    Entries,
     has_int8,
+    matches,
 )
 
 # quark: as it is, with scales [N] or [E, N] and a complete exclude list; stacked and
@@ -290,25 +293,44 @@ def _infos(tensors: Tensors) -> dict[str, TensorInfo]:
     }
 
 
-def _completed_exclude(layout: Layout, one_by_one: bool) -> list[str]:
-    """`exclude` in full names: what its patterns name, what it should name and does
-    not, and the fused names of those; without entries that name nothing. For stacked
-    experts it has their own names where they are to be stored one by one."""
-    names = layout.full_names()
-    patterns = set(layout.exclude.patterns)
-    nothing, forgotten = set(), []
-    for problem in layout.problems():
-        if problem.id == "exclude-names-nothing":
-            nothing.add(problem.name)
-        elif problem.id == "float-not-excluded":
-            forgotten.append(problem.name.rpartition(".")[0])
-    names = [name for name in names if name not in patterns | nothing] + forgotten
+def _completed_exclude(known: Known, one_by_one: bool) -> list[str]:
+    """`exclude` in full names: what its patterns name, what is stored as floats where
+    the model asks the config, and vLLM's own names of such layers where a release does
+    not find them otherwise; without entries that name nothing. For stacked experts it
+    has their own names where they are to be stored one by one."""
+    export = known.export
+    entries = export.config["exclude"]
+    # The problem's name ends with the entry.
+    nothing = {each.name for each in export.exclude_without_module()}
+    nothing = {e for e in entries if any(n.endswith(f": {e}") for n in nothing)}
+    patterns = set(Entries.of(entries).patterns)
+    names = [name for name in entries if name not in patterns | nothing]
+    for entry in entries:
+        if entry in patterns:
+            names += [name for name in export.modules if matches(name, entry)]
+    layers = [
+        (asked, layer)
+        for asked, layer in known.layers.values()
+        if layer.config is None and all(each.is_float for each in layer.weights)
+    ]
+    for _, layer in layers:
+        names += [each.module for each in layer.weights]
     complete: list[str] = []
     for name in names:
-        module = layout.modules.get(name, {})
+        module = export.modules.get(name, {})
         singles = [part for part, *_ in stored.parts(name, module)]
         complete += singles if one_by_one and singles else [name]
-    return list(dict.fromkeys(complete + fused_names(complete)))
+    complete = list(dict.fromkeys(complete))
+    structures = [each for row in known.releases.values() for each in row]
+    for structure in structures:
+        config = StockConfig(export.config | {"exclude": complete}, structure.mappers)
+        for asked, layer in layers:
+            told = structure.layers.get(asked.prefix)
+            if told is None or told.kind != "linear":
+                continue
+            if config.decide(told).config is not None:
+                complete.append(asked.prefix)
+    return list(dict.fromkeys(complete))
 
 
 def _per_token(quantization: dict[str, Any]) -> bool:
@@ -328,13 +350,19 @@ def _per_token(quantization: dict[str, Any]) -> bool:
     return is_changed
 
 
-def _compressed_tensors_config(tensors: Tensors) -> dict[str, Any]:
+def _compressed_tensors_config(tensors: Tensors, known: Known) -> dict[str, Any]:
     """The quantization_config of a checkpoint whose INT8 weights have one scale a
-    channel. What is stored as floats is ignored by name."""
+    channel. What is stored as floats is ignored by name, and by vLLM's name of what it
+    is fused into."""
     floats = {
         each.module
         for each in tensors.values()
         if each.suffix == WEIGHT and each.dtype != "I8" and len(each.shape) > 1
+    }
+    fused = {
+        asked.prefix
+        for asked, layer in known.layers.values()
+        if asked.kind == "linear" and layer.config is None
     }
     common = {"num_bits": 8, "type": "int", "symmetric": True}
     return {
@@ -342,7 +370,7 @@ def _compressed_tensors_config(tensors: Tensors) -> dict[str, Any]:
         "format": "int-quantized",
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
-        "ignore": sorted(floats) + fused_names(floats),
+        "ignore": sorted(floats) + sorted(fused - floats),
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
@@ -397,19 +425,21 @@ def make_plan(source: Path, target: Target) -> Plan:
             changes.append("activations get one scale a token, found at run time")
         tensors = _without_static_activations(tensors)
     exclude = _completed_exclude(
-        Layout(_infos(before), quark, config),
+        _known(before, quark, config),
         one_by_one=target in ("per-expert", "compressed-tensors"),
     )
     added = set(exclude) - set(quark["exclude"])
     gone = set(quark["exclude"]) - set(exclude)
     quark["exclude"] = exclude
-    planned = Layout(_infos(tensors), quark, config)
-    planned.check()
+    planned = _known(tensors, quark, config)
+    for problem in planned.problems:
+        if problem.kind.severity == "error":
+            raise problem.error
     _check_values(planned, tensors)
 
     if is_compressed:
         tensors = _as_compressed_tensors(tensors)
-        quark = _compressed_tensors_config(tensors)
+        quark = _compressed_tensors_config(tensors, planned)
         changes.append("scales are stored as [N, 1], zero points are left out")
         changes.append("config.json says compressed-tensors")
     elif added or gone:
@@ -452,22 +482,39 @@ def _check_key_value_cache(source: Path, quark: Mapping[str, Any]) -> None:
         raise misfit(source / CONFIG, expected, found, remedy)
 
 
-def _check_values(planned: Layout, tensors: Tensors) -> None:
+def _known(
+    tensors: Tensors, quark: Mapping[str, Any], config: Mapping[str, Any]
+) -> Known:
+    """What is known of a checkpoint with those tensors."""
+    export = Export(_infos(tensors), quark)
+    checkpoint = Checkpoint("", export.tensors, config, export)
+    known = know(checkpoint)
+    if known is None or known.structure is None:
+        why = "" if known is None else known.why_not
+        remedy = "only checkpoints of models that are known can be rewritten"
+        raise misfit(CONFIG, "an architecture that is known", why, remedy)
+    return known
+
+
+def _check_values(planned: Known, tensors: Tensors) -> None:
     """No rewrite mends scales and zero points that the engine refuses."""
-    for _, module, suffix in planned.checked_companions():
-        info, is_scale = module[suffix], suffix in SCALES
-        for piece in tensors[info.name].pieces:
-            part = TensorInfo(info.name, info.dtype, (), *_place(piece))
-            count = 8 * (piece.end - piece.start) // DTYPE_BITS[info.dtype]
-            values = stored.read(part, 0, count)
-            if is_scale and not (np.isfinite(values) & (values > 0)).all():
-                expected = "scales that are finite and above zero"
-            elif not is_scale and values.any():
-                expected = "zero points of 0, which kernels ignore"
-            else:
+    for each in planned.int8:
+        for suffix, info in each.stored.companions.items():
+            is_scale = suffix in SCALES
+            if not is_scale and not must_be_zero(suffix, each.is_experts, each.config):
                 continue
-            where = f"{info.name} in {piece.file}"
-            raise misfit(where, expected, "others", EXPORT_AGAIN)
+            for piece in tensors[info.name].pieces:
+                part = TensorInfo(info.name, info.dtype, (), *_place(piece))
+                count = 8 * (piece.end - piece.start) // DTYPE_BITS[info.dtype]
+                values = stored.read(part, 0, count)
+                if is_scale and not (np.isfinite(values) & (values > 0)).all():
+                    expected = "scales that are finite and above zero"
+                elif not is_scale and values.any():
+                    expected = "zero points of 0, which kernels ignore"
+                else:
+                    continue
+                where = f"{info.name} in {piece.file}"
+                raise misfit(where, expected, "others", EXPORT_AGAIN)
 
 
 def _place(piece: Piece) -> tuple[Path, int, int]:

@@ -41,10 +41,11 @@ class Fact:
     why: str = ""
 
     def is_in(self, version: str) -> bool:
-        return bool(self.since) and _numbers(version) >= _numbers(self.since)
+        return bool(self.since) and numbers(version) >= numbers(self.since)
 
 
-def _numbers(version: str) -> list[int]:
+def numbers(version: str) -> list[int]:
+    """[0, 20, 2] for `0.20.2`."""
     return [int(part) for part in version.split(".")]
 
 
@@ -90,3 +91,10 @@ def stock() -> list[str]:
 def listed(names: list[str]) -> str:
     """`0.19 and 0.20.0-0.21.0`."""
     return " and ".join(names)
+
+
+def row_of(version: str) -> str | None:
+    """The name of the releases that a version belongs to; None where it is older than
+    all."""
+    rows = [row for row in releases() if numbers(row.first) <= numbers(version)]
+    return rows[-1].name if rows else None

@@ -12,11 +12,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from vllm.model_executor.layers.quantization.quark.quark_check.findings import Finding
-from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
+from vllm.model_executor.layers.quantization.quark.quark_check.known import Known
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
     Checkpoint,
+    quantization_config,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
     Kind,
     by_layer,
-    quantization_config,
     scheme_of,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
@@ -63,6 +66,7 @@ class Report:
     checkpoint: Checkpoint
     kinds: list[Kind]
     judgement: Judgement
+    known: Known | None = None
     deep: dict[str, Any] | None = None
     fix: dict[str, Any] | None = None
 
@@ -99,7 +103,7 @@ def quantization(checkpoint: Checkpoint) -> str:
     if config is None:
         return "none"
     method = f"{config.get('quant_method', 'unnamed')}"
-    if checkpoint.layout is None:
+    if checkpoint.export is None:
         return method
     scheme = scheme_of(part_of(config, "global_quant_config"))
     return f"{method} {config.get('version', '')}, INT8: {scheme}"

@@ -32,7 +32,7 @@ from vllm.model_executor.layers.quantization.quark.export import (
     SCALE,
     WEIGHT,
 )
-from vllm.model_executor.layers.quantization.quark.quark_check.plan import CONFIG
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import CONFIG
 from vllm.model_executor.layers.quantization.quark.quark_check.relayout import (
     Piece,
     Plan,

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,16 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
     Files,
     misfit,
 )
+from vllm.model_executor.layers.quantization.quark.dry_run import DryRun, dry_run
 from vllm.model_executor.layers.quantization.quark.quark_check.hub import find
 from vllm.model_executor.layers.quantization.quark.quark_check.limits import bounded
-from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
-    make_plan,
+from vllm.model_executor.layers.quantization.quark.quark_check.known import know
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
+    CONFIG,
+    Checkpoint,
     open_checkpoint,
 )
+from vllm.model_executor.layers.quantization.quark.quark_check.plan import make_plan
 from vllm.model_executor.layers.quantization.quark.quark_check.report import (
     UNREADABLE,
     Report,
@@ -36,11 +41,40 @@ from vllm.model_executor.layers.quantization.quark.quark_check.report import (
 from vllm.model_executor.layers.quantization.quark.quark_check.verdicts import judge
 
 
-def check(folder: Path, files: Files | None = None) -> Report:
-    """The report about a checkpoint, from its headers. Raises CheckpointError."""
+def check(
+    folder: Path, files: Files | None = None, ask: bool = False
+) -> Report:
+    """The report about a checkpoint, from its headers; `ask`: from what the model of
+    the installed vLLM makes of it, too. Raises CheckpointError."""
     with bounded(folder):
         checkpoint = open_checkpoint(folder, files)
-        return Report(checkpoint, make_plan(checkpoint), judge(checkpoint))
+    looked = None
+    if ask and checkpoint.export is not None:
+        looked = _ask(folder, files, checkpoint)
+    with bounded(folder):
+        known = know(checkpoint, looked)
+        return Report(
+            checkpoint, make_plan(checkpoint, known), judge(checkpoint, known), known
+        )
+
+
+def _ask(folder: Path, files: Files | None, checkpoint: Checkpoint) -> DryRun:
+    """What the installed vLLM's model makes of it, in a process of its own."""
+    question = [(folder, checkpoint.tensors)]
+    if files is None:
+        [looked] = dry_run(question)
+        return looked
+    # Of a repository elsewhere, the config alone.
+    with tempfile.TemporaryDirectory() as here:
+        text = json.dumps(checkpoint.model)
+        Path(here, CONFIG).write_text(text)
+        [looked] = dry_run([(Path(here), checkpoint.tensors)])
+        return looked
+
+
+def has_model() -> bool:
+    """Whether a whole vLLM runs this, and not these files alone."""
+    return getattr(sys.modules.get("vllm"), "__file__", None) is not None
 
 
 @contextlib.contextmanager
@@ -65,12 +99,12 @@ def look_deep(
     )
 
     checkpoint = report.checkpoint
-    if checkpoint.layout is None:
+    if report.known is None:
         remedy = "leave out --deep: other formats are not looked into"
         raise misfit(checkpoint.name, "a Quark INT8 checkpoint", "another", remedy)
     with _progress("reading") as progress:
         found = deep_findings(
-            checkpoint.tensors, checkpoint.layout, reference, progress
+            report.known, reference, progress
         )
     if plot is not None:
         from vllm.model_executor.layers.quantization.quark.quark_check.plot import (
@@ -78,7 +112,7 @@ def look_deep(
         )
 
         write_histogram(found.modules, plot, checkpoint.name)
-    judgement = judge(checkpoint, found.findings)
+    judgement = judge(checkpoint, report.known, found.findings)
     return replace(report, judgement=judgement, deep=found.to_json())
 
 
@@ -113,7 +147,7 @@ def _report(args: argparse.Namespace) -> Report:
     if args.plot and not args.reference:
         remedy = "give the float model with --reference"
         raise misfit("--plot", "a reference to compare with", "none", remedy)
-    report = check(folder, files)
+    report = check(folder, files, has_model() and not args.no_model)
     if is_deep:
         report = look_deep(report, args.reference, args.plot)
     if args.fix:

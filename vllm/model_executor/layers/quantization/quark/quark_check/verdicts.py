@@ -12,7 +12,8 @@ from vllm.model_executor.layers.quantization.quark.quark_check.issues import (
     deep_issue,
     find_issues,
 )
-from vllm.model_executor.layers.quantization.quark.quark_check.plan import Checkpoint
+from vllm.model_executor.layers.quantization.quark.quark_check.known import Known
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import Checkpoint
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
     FORK,
     OUTCOMES,
@@ -46,9 +47,11 @@ class Judgement:
         return "wrong" not in worst and not refused.issuperset(FORK)
 
 
-def judge(checkpoint: Checkpoint, deep: Iterable[Finding] | None = None) -> Judgement:
+def judge(
+    checkpoint: Checkpoint, known: Known | None, deep: Iterable[Finding] | None = None
+) -> Judgement:
     """Everything that the headers tell, and what --deep found in the tensors."""
-    issues = list(find_issues(checkpoint))
+    issues = list(find_issues(checkpoint, known))
     if deep is not None:
         issues = [each for each in issues if each.finding.id not in _SUSPICIONS]
         issues += map(deep_issue, deep)
@@ -56,7 +59,7 @@ def judge(checkpoint: Checkpoint, deep: Iterable[Finding] | None = None) -> Judg
     for target in targets():
         met = {issue.outcomes.get(target, "right") for issue in issues}
         outcome: Outcome = max(met, key=OUTCOMES.index, default="right")
-        if checkpoint.layout is None and outcome == "right":
+        if checkpoint.export is None and outcome == "right":
             outcome = "unknown"
         because = tuple(
             issue.finding
