@@ -355,11 +355,16 @@ def _cpu_issues(known: Known) -> Iterator[Issue]:
 def _too_old(known: Known) -> dict[str, Issue]:
     """Fact -> the releases that lack it refuse what the checkpoint has."""
     kinds: dict[str, list[str]] = {"int8-experts": [], "per-token": []}
-    for each in known.int8:
-        if each.is_experts:
-            kinds["int8-experts"].append(each.name)
-        elif not is_static(each.config):
-            kinds["per-token"].append(each.name)
+    for asked, layer in known.layers.values():
+        fused = asked.prefix if asked.kind == "experts" else ""
+        for each in layer.weights:
+            # Floats, too, that the config would have as INT8.
+            config = layer.config or known.export.config_of(*each.names(fused))
+            if is_int8(config):
+                if fused:
+                    kinds["int8-experts"].append(each.module)
+                elif not is_static(config or {}):
+                    kinds["per-token"].append(each.module)
     what = {
         "int8-experts": "INT8 experts",
         "per-token": "INT8 layers with activations per token",

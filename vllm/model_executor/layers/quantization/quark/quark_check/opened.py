@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint as its config, index and headers show it."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ class Checkpoint:
     """A checkpoint as its config, index and headers show it.
 
     export is None where no INT8 of Quark's is asked for; problem says why not where
-    the quantization_config is one that vLLM cannot read. keys_twice: the keys that
-    config.json has more than once.
+    the quantization_config is one that vLLM cannot read; has_keys_twice says whether
+    config.json has a key more than once.
     """
 
     name: str
@@ -59,6 +61,32 @@ def quantization_config(model: Mapping[str, Any]) -> Config | None:
     """The quantization_config of a config.json, or of its text_config."""
     found = first_value(model, "quantization_config")
     return found if isinstance(found, dict) else None
+
+
+def read_key_value_cache(config: Config) -> tuple[dict[str, Any], str]:
+    """The config as vLLM reads it: the scheme of a quantized key/value cache is taken
+    out of those of its layers. And why a release refuses it, "" for not at all."""
+    read = copy.deepcopy(dict(config))
+    export = read.get("export")
+    group = export.get("kv_cache_group") if isinstance(export, dict) else None
+    if not isinstance(group, list):
+        # Releases ask for its length.
+        return read, "export.kv_cache_group is no list"
+    overrides = read.get("layer_quant_config")
+    if not group or not isinstance(overrides, dict):
+        return read, "no layer_quant_config for kv_cache_group" if group else ""
+    names = [each for each in group if isinstance(each, str)]
+    found = [
+        layer
+        for name, layer in overrides.items()
+        if any(fnmatchcase(name, pattern) for pattern in names)
+    ]
+    if isinstance(queries := overrides.get("*q_proj"), dict):
+        found.append(queries)
+    for layer in found:
+        if isinstance(layer, dict):
+            layer["output_tensors"] = None
+    return read, "" if found else "no layer_quant_config for kv_cache_group"
 
 
 def open_checkpoint(folder: Path, files: Files | None = None) -> Checkpoint:
@@ -94,7 +122,8 @@ def open_checkpoint(folder: Path, files: Files | None = None) -> Checkpoint:
         return Checkpoint(name, tensors, model, None, None, has_keys_twice)
     try:
         check_config(config)
-        export = Export(tensors, config) if has_int8(config) else None
+        read, _ = read_key_value_cache(config)
+        export = Export(tensors, read) if has_int8(config) else None
     except ValueError as error:
         return Checkpoint(name, tensors, model, None, error, has_keys_twice)
     return Checkpoint(name, tensors, model, export, None, has_keys_twice)

@@ -5,7 +5,6 @@ Told from the sources of the releases that releases.toml names, and compared wit
 own QuarkConfig where their wheels are at hand. Needs Python alone.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,6 +13,9 @@ from typing import Any
 from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
     Asked,
     Renames,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
+    read_key_value_cache,
 )
 from vllm.model_executor.layers.quantization.quark.rules import Config, matches
 
@@ -41,36 +43,11 @@ class StockConfig:
     """A quantization_config as releases read it. `mappers`: the model's renamings."""
 
     def __init__(self, config: Config, mappers: Sequence[Renames] = ()) -> None:
-        self.refusal = ""
-        config = copy.deepcopy(dict(config))
-        self._read_key_value_cache(config)
+        read, self.refusal = read_key_value_cache(config)
         # After as many renamings as were made when a layer asks.
-        self._renamed: list[Mapping[str, Any]] = [config]
+        self._renamed: list[Mapping[str, Any]] = [read]
         for mapper in mappers:
             self._renamed.append(_apply(mapper, self._renamed[-1]))
-
-    def _read_key_value_cache(self, config: dict[str, Any]) -> None:
-        """The scheme of the key/value cache is taken out of those of its layers."""
-        export = config.get("export")
-        group = export.get("kv_cache_group") if isinstance(export, Mapping) else None
-        if not isinstance(group, list):
-            # Upstream asks for its length.
-            self.refusal = "export.kv_cache_group is no list" if export else "no export"
-            return
-        overrides = config.get(_OVERRIDES) or {}
-        if not group:
-            return
-        found = [
-            layer
-            for name, layer in overrides.items()
-            if any(fnmatch(name, pattern) for pattern in _names(group))
-        ]
-        if not found:
-            self.refusal = "no layer_quant_config for kv_cache_group"
-        for layer in found:
-            layer["output_tensors"] = None
-        if isinstance(queries := overrides.get("*q_proj"), dict):
-            queries["output_tensors"] = None
 
     def decide(self, asked: Asked) -> Decision:
         config = self._renamed[min(asked.mappers, len(self._renamed) - 1)]
