@@ -195,11 +195,21 @@ def ask(release: str, questions: list[tuple[Path, Tensors]]) -> list[DryRun]:
     return dry_run(questions, SECONDS, command, environment)
 
 
+def _architectures(folder: Path) -> list[str]:
+    return json.loads((folder / "config.json").read_text())["architectures"]
+
+
 def _cpu(families: Path | None, before: Mapping[str, Any]) -> dict[str, list[str]]:
     """Architecture -> the kinds of exports that were seen right on a CPU."""
+    from tests.fixtures.cells import CELLS
+
     if families is None:
         return {name: each["cpu"] for name, each in before.items()}
     found: dict[str, set[str]] = defaultdict(set)
+    for cell in CELLS:  # docs/matrix.md
+        if cell.expected == "right":
+            [architecture] = _architectures(cell.folder)
+            found[architecture].add("int8")
     for row in json.loads(families.read_text()):
         if row["fork"] == "right":
             found[row["architecture"]].add(row["export"])
@@ -214,6 +224,9 @@ def main() -> None:
         "--families", type=Path, help="what `make matrix` measured on a CPU"
     )
     parser.add_argument("--releases", nargs="+", default=RELEASES)
+    parser.add_argument(
+        "--only", nargs="*", metavar="ARCHITECTURE", help="leave the others as they are"
+    )
     args = parser.parse_args()
     before = json.loads(FILE.read_text()) if FILE.exists() else {}
     cpu = _cpu(args.families, before.get("architectures", {}))
@@ -222,14 +235,18 @@ def main() -> None:
     told: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
     errors: dict[tuple[str, str], str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        found = list(checkpoints(Path(folder)))
+        found = [
+            (name, path)
+            for name, path in checkpoints(Path(folder))
+            if args.only is None or set(args.only) & set(_architectures(path))
+        ]
         questions = [(path, read_checkpoint(path)) for _, path in found]
-        for release in args.releases:
+        for release in args.releases if found else ():
             for (name, path), (_, tensors), said in zip(
                 found, questions, ask(release, questions), strict=True
             ):
                 config = json.loads((path / "config.json").read_text())
-                [architecture] = config["architectures"]
+                [architecture] = _architectures(path)
                 looked = said.structure
                 print(
                     f"{release} {path.name}: {said.failed or looked.stage or 'told'} "
@@ -243,7 +260,7 @@ def main() -> None:
                 told[architecture].setdefault(release, []).append(each)
                 if name == "by-name" and said.engine.stage == "load":
                     errors[architecture, release] = said.engine.error
-    architectures = {}
+    architectures = dict(before.get("architectures", {})) if args.only is not None else {}
     for name, by_release in sorted(told.items()):
         structures: list[dict[str, Any]] = []
         for release, each in by_release.items():
@@ -255,10 +272,12 @@ def main() -> None:
             else:
                 structures.append({"releases": [release], **merged})
         architectures[name] = {"cpu": cpu.get(name, []), "structures": structures}
+    for name, each in architectures.items():
+        each["cpu"] = cpu.get(name, [])
     written = {
         "about": "Written by tools/architectures.py from what vLLM's models told.",
         "releases": list(args.releases),
-        "architectures": architectures,
+        "architectures": dict(sorted(architectures.items())),
     }
     FILE.write_text(json.dumps(written, indent=1) + "\n")
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from vllm.model_executor.layers.quantization.quark.layout import FUSED
 from vllm.model_executor.layers.quantization.quark.quark_check import releases as known
 
 from tools.errors import ForkError
@@ -135,25 +134,6 @@ def constant(tree: ast.AST, name: str) -> ast.expr:
         if any(getattr(target, "id", None) == name for target in targets):
             return node.value  # type: ignore[attr-defined]
     raise AssertionError(name)
-
-
-def test_names_of_fused_and_renamed_modules(release):
-    version, trees = release
-    for architecture, told in known.facts_file()["architecture"].items():
-        model = find(trees[STEP], architecture)
-        assert model is not None
-        mapper = constant(model, "hf_to_vllm_mapper")
-        assert isinstance(mapper, ast.Call)
-        [renames] = [
-            keyword.value
-            for keyword in mapper.keywords
-            if keyword.arg == "orig_to_new_substr"
-        ]
-        assert ast.literal_eval(renames) == told["renames"]
-        if SEEN["fused-names"](trees):
-            packed = constant(model, "packed_modules_mapping")
-            shards = {key: tuple(n) for key, n in ast.literal_eval(packed).items()}
-            assert shards == FUSED
 
 
 def test_kernels_are_those_that_the_fork_tries():

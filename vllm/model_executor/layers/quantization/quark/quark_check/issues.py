@@ -59,8 +59,6 @@ from vllm.model_executor.layers.quantization.quark.rules import (
 _REFUSED_WHEN_READ = ("non-finite", "scale-not-positive", "zero-point-not-zero")
 # Told of releases by what they do with these very layers, not by the kind of problem.
 _TOLD_OTHERWISE = ("float-not-excluded", "shards-differ")
-# Kinds of exports of which all but the experts of an architecture are INT8.
-_FLOAT_EXPERTS = "experts-float"
 
 
 @dataclass(frozen=True)
@@ -324,26 +322,14 @@ def _cpu_issues(known: Known) -> Iterator[Issue]:
             ),
             on([FORK_CPU], "refused"),
         )
-    floats = [
-        asked.prefix
-        for asked, layer in known.layers.values()
-        if asked.kind == "experts" and layer.config is None
-    ]
-    seen = set(known.cpu)
-    if floats:
-        is_seen = _FLOAT_EXPERTS in seen
-    else:
-        is_seen = bool(seen - {_FLOAT_EXPERTS})
-    if not is_seen:
-        what = "with experts in floats" if floats else "INT8"
+    if not known.cpu:
         yield Issue(
             finding(
                 "cpu-unknown",
                 "note",
-                f"nobody has seen this architecture, {what}, run on a CPU",
+                "nobody has seen this architecture run on a CPU",
                 "Upstream's CPU platform lacks some models' layers.",
                 "see docs/families.md for those that were run",
-                floats,
             ),
             on([FORK_CPU], "unknown"),
         )
