@@ -8,7 +8,7 @@ model (known.py); of releases it is told from their models and their way to read
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm.model_executor.layers.quantization.quark.export import (
     COMPANIONS,
@@ -109,10 +109,10 @@ def find_issues(checkpoint: Checkpoint, known: Known | None) -> Iterator[Issue]:
         yield from _without_int8(checkpoint)
     else:
         too_old = _too_old(known)
-        yield from too_old.values()
         # What a release makes of a checkpoint that it refuses anyhow is of no interest.
         but = {name for issue in too_old.values() for name in issue.outcomes}
         yield from _fork_issues(known)
+        yield from too_old.values()
         yield from _unknown_issues(checkpoint, known, but)
         yield from _scheme_issues(known.int8, but)
         yield from _release_issues(known, but)
@@ -439,7 +439,7 @@ def _scheme_issues(int8: list[Int8], but: set[str]) -> Iterator[Issue]:
 # --- what releases make of each layer -------------------------------------------------
 
 # What a release does with a layer -> how bad it is, and the finding's texts.
-_WRONG = {
+WRONG = {
     "exclude-fused": (
         "would read {what} as INT8: garbage",
         "It fuses them, and its model does not say from what, so it does not find the "
@@ -464,8 +464,9 @@ _WRONG = {
     "float-not-excluded": (
         "would read {what} as INT8: garbage",
         "They are stored as floats, and exclude does not name them. This fork reads "
-        "what is stored (patch 0010).",
-        "this fork; or their names in exclude in config.json (--fix adds them)",
+        "what is stored.",
+        "this fork: patch 0010; or their names in exclude in config.json (--fix adds "
+        "them)",
     ),
     "int8-left-float": (
         "would read {what} as floats: garbage",
@@ -474,7 +475,7 @@ _WRONG = {
         "this fork: patch 0008",
     ),
 }
-_REFUSED = {
+REFUSED = {
     "override-unread": (
         "overrides of the config that {old} does not follow",
         "It matches layer_type_quant_config with nothing, and layer_quant_config with "
@@ -537,17 +538,17 @@ def _release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
                 weights = known.layers[prefix][1].weights
                 own = known.layers[prefix][1].config
                 decision = config.decide(asked)
-                if told := _told(known, decision, asked, weights, own):
+                if told := _told(known, config, decision, asked, weights, own):
                     note(*told, row, [each.module for each in weights])
     for (id, outcome), by_row in found.items():
         rows = [row for row in stock() if row in by_row]
         names = list(dict.fromkeys(n for each in by_row.values() for n in each))
         old = f"vLLM {listed(rows)}"
         if outcome == "wrong":
-            summary, why, remedy = _WRONG[id]
+            summary, why, remedy = WRONG[id]
             summary = f"{old} {summary}"
         else:
-            summary, why, remedy = _REFUSED[id]
+            summary, why, remedy = REFUSED[id]
         words = {"what": _what(names), "old": old, "refusal": refusals.get(id, "")}
         yield Issue(
             finding(
@@ -564,6 +565,7 @@ def _release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
 
 def _told(
     known: Known,
+    config: StockConfig,
     decision: Decision,
     asked: Asked,
     weights: Iterable[Stored],
@@ -572,43 +574,42 @@ def _told(
     """What comes of a release's decision about a layer, where it is not right: the
     finding, and how bad it is."""
     weights = list(weights)
-    are_float = all(each.is_float for each in weights)
-    are_int8 = all(each.weight.dtype == "I8" for each in weights)
+    have_floats = any(each.is_float for each in weights)
+    have_int8 = any(each.weight.dtype == "I8" for each in weights)
     if decision.refusal:
         if asked.kind == "experts":
             return "exclude-experts", "refused"
         return "exclude-in-part", "refused"
     if decision.config is None:
-        return ("int8-left-float", "wrong") if are_int8 else None
+        return ("int8-left-float", "wrong") if have_int8 else None
     if decision.config.get("output_tensors") or decision.config.get("bias"):
         return "scheme-unread", "refused"
     if not decision.config.get("weight"):
         return "scheme-unread", "refused"
     if not is_int8(decision.config):
         return None  # another scheme, which is not looked into
-    if are_float:
-        return _cause(known, asked, weights), "wrong"
-    if are_int8 and own is not None and _differ(decision.config, own):
+    if have_floats:
+        return _cause(known, config, asked, weights), "wrong"
+    if have_int8 and own is not None and _differ(decision.config, own):
         return "override-unread", "refused"
     return None
 
 
-def _cause(known: Known, asked: Asked, weights: list[Stored]) -> str:
+def _cause(
+    known: Known, config: StockConfig, asked: Asked, weights: list[Stored]
+) -> str:
     """Why a release reads a float layer as INT8."""
     fused = asked.prefix if asked.kind == "experts" else ""
-    entries = [known.export.excluded_by(*each.names(fused)) for each in weights]
-    if any(entry is None for entry in entries):
-        configs = (known.export.config_of(*each.names(fused)) for each in weights)
-        # An override that leaves it as floats, or nothing of that kind.
-        is_asked = any(is_int8(config) for config in configs)
-        return "float-not-excluded" if is_asked else "exclude-patterns"
+    configs = (known.export.config_of(*each.names(fused)) for each in weights)
+    if any(is_int8(each) for each in configs):
+        return "float-not-excluded"
     if asked.kind == "experts":
         return "exclude-experts"
-    names = {
-        name for each, entry in zip(weights, entries, strict=True)
-        for name in [entry == each.module]
-    }
-    return "exclude-fused" if names == {True} else "exclude-patterns"
+    shards = tuple(each.module.rpartition(".")[2] for each in weights)
+    # As if the model said what it fuses.
+    as_told = config.decide(replace(asked, packed=shards))
+    is_found = not as_told.refusal and as_told.config is None
+    return "exclude-fused" if is_found else "exclude-patterns"
 
 
 def _differ(one: Config, other: Config) -> bool:

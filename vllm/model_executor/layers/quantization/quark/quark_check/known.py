@@ -193,11 +193,8 @@ _UNKNOWN = Place("", "unknown")
 
 
 def _not_asked(tensor: TensorInfo, place: Place) -> Problem:
-    if place.kind in ("head", "embedding"):
-        expected = f"floats for {place.module}, which vLLM does not quantize"
-        return of_tensor("head-quantized", tensor, expected, "I8")
-    expected = f"floats for {place.module}"
-    return of_tensor("tensor-of-other-kind", tensor, expected, "I8")
+    expected = f"floats for {place.module}, which vLLM does not quantize"
+    return of_tensor("head-quantized", tensor, expected, "I8")
 
 
 # --- where it comes from ----------------------------------------------------------

@@ -329,7 +329,9 @@ def _completed_exclude(known: Known, one_by_one: bool) -> list[str]:
             if told is None or told.kind != "linear":
                 continue
             if config.decide(told).config is not None:
-                complete.append(asked.prefix)
+                # As the model renames it, and its parts.
+                parent = layer.weights[0].module.rpartition(".")[0]
+                complete.append(f"{parent}.{asked.prefix.rpartition('.')[2]}")
     return list(dict.fromkeys(complete))
 
 
