@@ -17,7 +17,10 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
     CheckpointError,
     read_checkpoint,
 )
-from vllm.model_executor.layers.quantization.quark.layout import Layout
+from vllm.model_executor.layers.quantization.quark.quark_check.known import Known, know
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
+    open_checkpoint,
+)
 from vllm.model_executor.layers.quantization.quark.quark_check import deep, stored
 from vllm.model_executor.layers.quantization.quark.quark_check.deep import (
     DeepResult,
@@ -39,10 +42,13 @@ LINEAR = "model.layers.1.self_attn.k_proj"
 
 
 def look(folder: Path, reference: Path | None = None) -> DeepResult:
-    model = json.loads((folder / "config.json").read_text())
-    tensors = read_checkpoint(folder)
-    layout = Layout(tensors, model["quantization_config"], model)
-    return deep_findings(tensors, layout, reference)
+    return deep_findings(known_of(folder), reference)
+
+
+def known_of(folder: Path) -> Known:
+    known = know(open_checkpoint(folder))
+    assert known is not None
+    return known
 
 
 def ids(result: DeepResult) -> set[str]:
@@ -419,13 +425,11 @@ def test_tensors_are_read_in_parts(tmp_path: Path):
 
 def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path):
     folder = Export(PER_EXPERT).write(tmp_path / "export")
-    tensors = read_checkpoint(folder)
-    model = json.loads((folder / "config.json").read_text())
-    layout = Layout(tensors, model["quantization_config"], model)
+    known = known_of(folder)
     with (folder / "model.safetensors").open("r+b") as stream:
         stream.truncate(500_000)
     with pytest.raises(CheckpointError, match="model.safetensors: expected .* numbers"):
-        deep_findings(tensors, layout)
+        deep_findings(known)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 4, 4)])
@@ -448,10 +452,9 @@ def test_scales_that_do_not_fit_are_left_to_the_layout(tmp_path: Path):
 
 def test_progress_ends_at_the_total():
     folder, seen = FIXTURES / STACKED, []
-    model = json.loads((folder / "config.json").read_text())
-    tensors = read_checkpoint(folder)
-    layout = Layout(tensors, model["quantization_config"], model)
-    deep_findings(tensors, layout, BF16, lambda *call: seen.append(call))
+    known = known_of(folder)
+    tensors = known.export.tensors
+    deep_findings(known, BF16, lambda *call: seen.append(call))
     done = [each for each, _ in seen]
     assert done == sorted(done) and len({total for _, total in seen}) == 1
     assert seen[-1][0] == seen[-1][1] > sum(t.end - t.start for t in tensors.values())

@@ -5,17 +5,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import misfit
-
 NUM_EXPERTS = (
     "moe_num_experts",
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
 )
-# Far beyond any real model: the config of a stranger's checkpoint may say anything.
+# Of stacked tensors that are taken apart; far beyond any real model.
 MAX_EXPERTS = 100_000
-MAX_LAYERS = 100_000
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 
@@ -36,22 +33,24 @@ def first_value(config: Mapping[str, Any], *keys: str) -> Any:
     return None
 
 
-def _count(config: Mapping[str, Any], what: str, most: int, *keys: str) -> int | None:
-    count = first_value(config, *keys)
-    if not isinstance(count, int) or isinstance(count, bool):
-        return None
-    if not 0 <= count <= most:
-        # Numbers of thousands of digits cannot be printed.
-        found = str(count) if abs(count) < 10**20 else "one of over 20 digits"
-        raise misfit("config.json", f"{what} from 0 to {most}", found, "correct it")
-    return count
+def count(config: Mapping[str, Any], *keys: str) -> int | None:
+    """How many of something config.json says that the model has. It may be any
+    number, and is no reason to make room for as many."""
+    found = first_value(config, *keys)
+    is_number = isinstance(found, int) and not isinstance(found, bool)
+    return found if is_number and found >= 0 else None
 
 
 def num_experts(config: Mapping[str, Any]) -> int | None:
-    """As config.json counts them. Raises CheckpointError for a senseless number."""
-    return _count(config, "a number of experts", MAX_EXPERTS, *NUM_EXPERTS)
+    """As config.json counts them."""
+    return count(config, *NUM_EXPERTS)
 
 
 def num_layers(config: Mapping[str, Any]) -> int | None:
-    """As config.json counts them. Raises CheckpointError for a senseless number."""
-    return _count(config, "a number of layers", MAX_LAYERS, "num_hidden_layers")
+    """As config.json counts them."""
+    return count(config, "num_hidden_layers")
+
+
+def shown(number: int) -> str:
+    """A number that a stranger wrote; one of thousands of digits cannot be printed."""
+    return str(number) if abs(number) < 10**20 else "a number of over 20 digits"

@@ -275,8 +275,9 @@ def architecture(name: str) -> Architecture | None:
     found = _file().get("architectures", {}).get(name)
     if found is None:
         return None
-    releases = {
-        release: Pattern(
+    releases = {}
+    for each in found["structures"]:
+        pattern = Pattern(
             each["modules"],
             frozenset(each["skipped"]),
             tuple(each["mappers"]),
@@ -285,9 +286,7 @@ def architecture(name: str) -> Architecture | None:
             each["only_text"],
             each["int8_error"],
         )
-        for each in found["structures"]
-        for release in each["releases"]
-    }
+        releases |= dict.fromkeys(each["releases"], pattern)
     return Architecture(releases, tuple(found["cpu"]))
 
 

@@ -15,7 +15,12 @@ from vllm.model_executor.layers.quantization.quark.export import (
     config_problems,
     expert_of,
 )
-from vllm.model_executor.layers.quantization.quark.layout import num_experts, num_layers
+from vllm.model_executor.layers.quantization.quark.layout import (
+    MAX_EXPERTS,
+    num_experts,
+    num_layers,
+    shown,
+)
 from vllm.model_executor.layers.quantization.quark.problems import Problem, of_tensor
 from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
     Asked,
@@ -175,11 +180,13 @@ class Known:
                 if expert := expert_of(f"{stored.module}."):
                     held.add(expert[1])
                 elif len(stored.weight.shape) == 3:
-                    held.update(range(stored.weight.shape[0]))
-            if differing := held ^ set(range(asked.num_experts)):
-                wrong = min(differing)
-                how = "one too many" if wrong in held else "missing"
-                every = f"experts 0 to {asked.num_experts - 1}, as config.json has it"
+                    held.update(range(min(stored.weight.shape[0], MAX_EXPERTS)))
+            count = asked.num_experts
+            missing = next((i for i in range(count) if i not in held), None)
+            wrong = missing if missing is not None else max(held, default=-1)
+            if missing is not None or wrong >= count:
+                how = "missing" if missing is not None else "one too many"
+                every = f"experts 0 to {shown(count - 1)}, as config.json has it"
                 found = f"{len(held)}: {wrong} is {how}"
                 yield Problem("experts-miscounted", asked.prefix, every, found)
         elif asked.kind == "linear" and asked.packed and len(layer.weights) > 1:
@@ -228,8 +235,7 @@ def _as_stock(structure: Structure, pattern: Pattern) -> Structure:
 
 
 def know(checkpoint: Checkpoint, looked: DryRun | None = None) -> Known | None:
-    """What is known of a checkpoint; None where no INT8 of Quark's is asked for. Raises
-    CheckpointError for a config.json of senseless numbers."""
+    """What is known of a checkpoint; None where no INT8 of Quark's is asked for."""
     export = checkpoint.export
     if export is None:
         return None
@@ -238,12 +244,16 @@ def know(checkpoint: Checkpoint, looked: DryRun | None = None) -> Known | None:
     by_row: dict[str, list[Structure]] = {}
     own: Structure | None = None
     why_not = f"architectures.json has no {checkpoint.architecture}"
+    made: dict[int, Structure] = {}  # releases that told the same
     for version, pattern in (told.releases if told else {}).items():
-        structure = pattern.structure(export.tensors, depth, count)
+        if id(pattern) not in made:
+            made[id(pattern)] = pattern.structure(export.tensors, depth, count)
+        structure = made[id(pattern)]
         if version == BASE:
             own = structure
-        if row := row_of(version):
-            by_row.setdefault(row, []).append(structure)
+        row = row_of(version)
+        if row and all(structure is not x for x in by_row.setdefault(row, [])):
+            by_row[row].append(structure)
     if looked is not None:
         derived = _native(looked, export)
         why_not = _why_not(looked)

@@ -32,6 +32,7 @@ from vllm.model_executor.layers.quantization.quark.export import (
     SCALES,
     WEIGHT,
     Export,
+    Layer,
     check_config,
     expert_of,
     must_be_zero,
@@ -41,6 +42,9 @@ from vllm.model_executor.layers.quantization.quark.problems import (
     EXPORT_AGAIN,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check import stored
+from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
+    Asked,
+)
 from vllm.model_executor.layers.quantization.quark.quark_check.known import Known, know
 from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
     CONFIG,
@@ -329,10 +333,14 @@ def _completed_exclude(known: Known, one_by_one: bool) -> list[str]:
             if told is None or told.kind != "linear":
                 continue
             if config.decide(told).config is not None:
-                # As the model renames it, and its parts.
-                parent = layer.weights[0].module.rpartition(".")[0]
-                complete.append(f"{parent}.{asked.prefix.rpartition('.')[2]}")
+                complete.append(_fused_name(asked, layer))
     return list(dict.fromkeys(complete))
+
+
+def _fused_name(asked: Asked, layer: Layer) -> str:
+    """What vLLM calls a layer, before the model renames it and its parts."""
+    parent, last = layer.weights[0].module.rpartition(".")[0], asked.prefix
+    return f"{parent}.{last.rpartition('.')[2]}"
 
 
 def _per_token(quantization: dict[str, Any]) -> bool:
@@ -362,7 +370,7 @@ def _compressed_tensors_config(tensors: Tensors, known: Known) -> dict[str, Any]
         if each.suffix == WEIGHT and each.dtype != "I8" and len(each.shape) > 1
     }
     fused = {
-        asked.prefix
+        _fused_name(asked, layer)
         for asked, layer in known.layers.values()
         if asked.kind == "linear" and layer.config is None
     }
