@@ -143,7 +143,6 @@ REWRITTEN: list[tuple[str, Target]] = [
     ("act-asymmetric", "compressed-tensors"),
     ("act-static-asymmetric", "compressed-tensors"),
     ("act-static-without-scales", "compressed-tensors"),
-    ("qwen2-moe-tiny-int8-per-expert", "quark"),
     ("qwen2-moe-tiny-int8-per-expert", "compressed-tensors"),
 ]
 
