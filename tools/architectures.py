@@ -31,14 +31,14 @@ from vllm.model_executor.layers.quantization.quark.dry_run import (
 )
 from vllm.model_executor.layers.quantization.quark.layout import first_value
 from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
-
     general,
     special,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = (
-    ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
+    ROOT
+    / "vllm/model_executor/layers/quantization/quark/quark_check"
     / "architectures.json"
 )
 DRY_RUN = ROOT / "vllm/model_executor/layers/quantization/quark/dry_run.py"
@@ -240,7 +240,9 @@ def main() -> None:
             for name, path in checkpoints(Path(folder))
             if args.only is None or set(args.only) & set(_architectures(path))
         ]
-        questions = [(path, read_checkpoint(path)) for _, path in found]
+        questions: list[tuple[Path, Tensors]] = [
+            (path, read_checkpoint(path)) for _, path in found
+        ]
         for release in args.releases if found else ():
             for (name, path), (_, tensors), said in zip(
                 found, questions, ask(release, questions), strict=True
@@ -260,11 +262,15 @@ def main() -> None:
                 told[architecture].setdefault(release, []).append(each)
                 if name == "by-name" and said.engine.stage == "load":
                     errors[architecture, release] = said.engine.error
-    architectures = dict(before.get("architectures", {})) if args.only is not None else {}
+    architectures = (
+        dict(before.get("architectures", {})) if args.only is not None else {}
+    )
     for name, by_release in sorted(told.items()):
         structures: list[dict[str, Any]] = []
-        for release, each in by_release.items():
-            merged = _merged(each) | {"int8_error": errors.get((name, release), "")}
+        for release, of_release in by_release.items():
+            merged = _merged(of_release) | {
+                "int8_error": errors.get((name, release), "")
+            }
             for same in structures:
                 if {k: v for k, v in same.items() if k != "releases"} == merged:
                     same["releases"].append(release)

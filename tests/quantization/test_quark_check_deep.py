@@ -15,17 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from vllm.model_executor.layers.quantization.quark.checkpoint import (
     CheckpointError,
-    read_checkpoint,
-)
-from vllm.model_executor.layers.quantization.quark.quark_check.known import Known, know
-from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
-    open_checkpoint,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check import deep, stored
 from vllm.model_executor.layers.quantization.quark.quark_check.deep import (
     DeepResult,
     ModuleStats,
     deep_findings,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.known import Known, know
+from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
+    open_checkpoint,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.plot import (
     histogram,

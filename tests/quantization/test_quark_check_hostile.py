@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from vllm.model_executor.layers.quantization.quark import checkpoint
+from vllm.model_executor.layers.quantization.quark import checkpoint, rules
 from vllm.model_executor.layers.quantization.quark.checkpoint import CheckpointError
-from vllm.model_executor.layers.quantization.quark import rules
 from vllm.model_executor.layers.quantization.quark.quark_check import limits, run
 
 from tests.fuzz import fuzz_checkpoints, fuzz_quark_check, hostile

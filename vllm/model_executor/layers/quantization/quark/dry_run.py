@@ -14,10 +14,10 @@ shape alone. It is done twice.
 - As the engine does it, with the checkpoint's own quantization config, and in the fork
   with the engine's checks, whose problems are collected.
 
-What is written, a JSON list, says which module takes which tensor, what it asks, how it
-is quantized, and how far the model got. The vLLM may be a release without the fork. It is
-meant to be a process of its own, with bounds on time and memory, without network and
-without code of the checkpoint: `dry_run` starts it so. Nothing of torch or vLLM is
+What is written, a JSON list, says which module takes which tensor, what it asks, how
+it is quantized, and how far the model got. The vLLM may be a release without the fork.
+It is meant to be a process of its own, with bounds on time and memory, without network
+and without code of the checkpoint: `dry_run` starts it so. Nothing of torch or vLLM is
 needed for that.
 """
 
@@ -690,7 +690,7 @@ def look(questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         quark.__path__.append(here)
     _bound_memory()
     # This process is one of its own already.
-    registry._run_in_subprocess = lambda function: function()  # type: ignore[assignment]
+    registry._run_in_subprocess = lambda function: function()
     version, platform = vllm.__version__, current_platform.device_type
     said = []
     for each in questions:

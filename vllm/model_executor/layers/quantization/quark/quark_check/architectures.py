@@ -140,7 +140,9 @@ def of_dry_run(looked: Pass, tensors: Iterable[str]) -> Structure | None:
     if looked.stage:
         return None
     layers = {
-        asked.prefix: asked for each in looked.modules.values() if (asked := _asked(each))
+        asked.prefix: asked
+        for each in looked.modules.values()
+        if (asked := _asked(each))
     }
     places: dict[str, Place | None] = {}
     for name in filter(is_structure, tensors):
@@ -275,7 +277,7 @@ def architecture(name: str) -> Architecture | None:
     found = _file().get("architectures", {}).get(name)
     if found is None:
         return None
-    releases = {}
+    releases: dict[str, Pattern] = {}
     for each in found["structures"]:
         pattern = Pattern(
             each["modules"],

@@ -2,8 +2,8 @@
 """What is wrong with a checkpoint, and what comes of it on which vLLM.
 
 Of this fork the engine's own checks decide, or the same told from what is known of the
-model (known.py); of releases it is told from their models and their way to read a config
-(stock.py). What is not known is said so.
+model (known.py); of releases it is told from their models and their way to read a
+config (stock.py). What is not known is said so.
 """
 
 from collections import defaultdict
@@ -387,9 +387,9 @@ def _scheme_issues(int8: list[Int8], but: set[str]) -> Iterator[Issue]:
         if each.is_experts and not static and not per_channel:
             tensor_scales.append(each.name)
         is_asymmetric = static and inputs.get("symmetric") is False
-        if each.is_experts and is_asymmetric:
-            if INPUT_ZERO_POINT in each.stored.companions:
-                asymmetric.append(f"{each.name}.{INPUT_ZERO_POINT}")
+        is_stored = INPUT_ZERO_POINT in each.stored.companions
+        if each.is_experts and is_asymmetric and is_stored:
+            asymmetric.append(f"{each.name}.{INPUT_ZERO_POINT}")
     if tensor_scales:
         old = without("expert-tensor-scales", but)
         yield Issue(
@@ -734,6 +734,4 @@ def _storage_issues(known: Known, but: set[str]) -> Iterator[Issue]:
 
 
 def _key_value_cache(known: Known) -> list[str]:
-    return [
-        name for name in known.export.tensors if name.endswith(".output_scale")
-    ]
+    return [name for name in known.export.tensors if name.endswith(".output_scale")]

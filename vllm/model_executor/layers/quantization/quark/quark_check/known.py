@@ -41,6 +41,7 @@ from vllm.model_executor.layers.quantization.quark.rules import Config, is_int8
 # What this fork stands on, where architectures.json is asked.
 BASE = "0.20.2"
 
+
 @dataclass(frozen=True)
 class Int8:
     """An INT8 weight that this fork reads as such."""
@@ -189,11 +190,10 @@ class Known:
                 every = f"experts 0 to {shown(count - 1)}, as config.json has it"
                 found = f"{len(held)}: {wrong} is {how}"
                 yield Problem("experts-miscounted", asked.prefix, every, found)
-        elif asked.kind == "linear" and asked.packed and len(layer.weights) > 1:
-            if len(layer.weights) < len(asked.packed):
-                expected = f"{len(asked.packed)} weights that it is fused from"
-                found = f"{len(layer.weights)}"
-                yield Problem("weight-missing", asked.prefix, expected, found)
+        elif 1 < len(layer.weights) < len(asked.packed or ()):
+            expected = f"{len(asked.packed or ())} weights that it is fused from"
+            found = f"{len(layer.weights)}"
+            yield Problem("weight-missing", asked.prefix, expected, found)
 
 
 _UNKNOWN = Place("", "unknown")
@@ -260,9 +260,9 @@ def know(checkpoint: Checkpoint, looked: DryRun | None = None) -> Known | None:
         if derived is not None:
             base = numbers(looked.vllm.partition("+")[0])
             row = row_of(".".join(map(str, base[:3])))
-            pattern = (told.releases if told else {}).get(BASE)
+            based_on = told.releases.get(BASE) if told else None
             if row is not None:
-                stock = derived if pattern is None else _as_stock(derived, pattern)
+                stock = derived if based_on is None else _as_stock(derived, based_on)
                 by_row[row] = [stock]
             own = derived
         elif own is None or looked.structure.stage in ("build", "load"):
@@ -289,5 +289,3 @@ def _why_not(looked: DryRun) -> str:
     if looked.structure.architecture.startswith("Transformers"):
         return "this vLLM has no model of its own for it"
     return f"the model's {looked.structure.stage} ends with {looked.structure.error}"
-
-

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM does with every module of a checkpoint, collapsed over layers and experts."""
+"""What vLLM does with every module of a checkpoint, over all layers and experts."""
 
 import re
 from collections.abc import Iterable

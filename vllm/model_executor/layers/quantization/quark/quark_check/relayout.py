@@ -327,7 +327,7 @@ def _completed_exclude(known: Known, one_by_one: bool) -> list[str]:
     complete = list(dict.fromkeys(complete))
     structures = [each for row in known.releases.values() for each in row]
     for structure in structures:
-        config = StockConfig(export.config | {"exclude": complete}, structure.mappers)
+        config = StockConfig({**export.config, "exclude": complete}, structure.mappers)
         for asked, layer in layers:
             told = structure.layers.get(asked.prefix)
             if told is None or told.kind != "linear":

@@ -21,8 +21,8 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
 )
 from vllm.model_executor.layers.quantization.quark.dry_run import DryRun, dry_run
 from vllm.model_executor.layers.quantization.quark.quark_check.hub import find
-from vllm.model_executor.layers.quantization.quark.quark_check.limits import bounded
 from vllm.model_executor.layers.quantization.quark.quark_check.known import know
+from vllm.model_executor.layers.quantization.quark.quark_check.limits import bounded
 from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
     CONFIG,
     Checkpoint,
@@ -41,9 +41,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check.report import (
 from vllm.model_executor.layers.quantization.quark.quark_check.verdicts import judge
 
 
-def check(
-    folder: Path, files: Files | None = None, ask: bool = False
-) -> Report:
+def check(folder: Path, files: Files | None = None, ask: bool = False) -> Report:
     """The report about a checkpoint, from its headers; `ask`: from what the model of
     the installed vLLM makes of it, too. Raises CheckpointError."""
     with bounded(folder):
@@ -103,9 +101,7 @@ def look_deep(
         remedy = "leave out --deep: other formats are not looked into"
         raise misfit(checkpoint.name, "a Quark INT8 checkpoint", "another", remedy)
     with _progress("reading") as progress:
-        found = deep_findings(
-            report.known, reference, progress
-        )
+        found = deep_findings(report.known, reference, progress)
     if plot is not None:
         from vllm.model_executor.layers.quantization.quark.quark_check.plot import (
             write_histogram,

@@ -34,9 +34,11 @@ _OVERRIDES = "layer_quant_config"
 
 def _names(value: object) -> list[str]:
     """An entry of the config that may be a list of names, or null."""
-    return [each for each in value if isinstance(each, str)] if (
-        isinstance(value, list)
-    ) else []
+    return (
+        [each for each in value if isinstance(each, str)]
+        if (isinstance(value, list))
+        else []
+    )
 
 
 class StockConfig:
