@@ -35,6 +35,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install wheel demo matrix test test-nightly test-mutants fuzz fuzz-check fixtures \
+    architectures \
     fixtures-train tree patches mails check-patches lint bench bench-check \
     bench-load bench-serving stress clean
 
@@ -71,6 +72,10 @@ fuzz-check: $(FORK_READY) ## open 10,000 hostile checkpoints with quark-check
 
 fixtures: build/quark/.ready ## make the test exports again with the real amd-quark
 	build/quark/bin/python -m tests.fixtures.make_exports
+
+architectures: $(FORK_READY) ## ask the models of releases, for quark-check
+	$(BIN)/python -m tools.architectures \
+	    $(if $(wildcard build/families.json),--families build/families.json)
 
 fixtures-train: build/quark/.ready ## train the small model again: minutes on a GPU
 	build/quark/bin/python -m tests.fixtures.train_step3p5

@@ -126,6 +126,12 @@ def saturated_row(export: Export) -> str:
     return EXPERT
 
 
+def zero_channel(export: Export) -> str:
+    export.tensors[f"{EXPERT}.weight"][7] = 0
+    export.tensors[f"{EXPERT}.weight_scale"][7] = 0
+    return f"{EXPERT}.weight_scale"
+
+
 def scaled_layer(export: Export) -> str:
     export.tensors[f"{LINEAR}.weight_scale"] *= 8
     return LINEAR
@@ -148,6 +154,7 @@ PLANTED = {
     "NaN in the head": (nan_in_the_head, "non-finite", "wrong"),
     "scale of zero": (set_scale(0.0), "scale-not-positive", "wrong"),
     "negative scale": (set_scale(-0.001), "scale-not-positive", "wrong"),
+    "channel of zeros": (zero_channel, "zero-channels", "note"),
     "weights' zero point": (zero_point_of_weights, "zero-point-not-zero", "wrong"),
     "activations' zero point": (
         zero_point_of_activations,

@@ -421,9 +421,25 @@ def test_a_senseless_scale_is_refused(
 ):
     export = Export(PER_EXPERT)
     export.tensors[f"{EXPERT}.weight_scale"][2] = value
-    with pytest.raises(CheckpointError, match="finite and above zero"):
+    with pytest.raises(CheckpointError, match="finite, and above zero"):
         rewrite(export.write(tmp_path / "source"), out, target)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_channel_of_zeros_may_have_a_scale_of_zero(
+    target: Target, tmp_path: Path, out: Path
+):
+    """As the engine has it; in a layer of its own, and in an expert."""
+    export = Export(PER_EXPERT)
+    for name in (EXPERT, "model.layers.1.self_attn.o_proj"):
+        export.tensors[f"{name}.weight"][2] = 0
+        export.tensors[f"{name}.weight_scale"][2] = 0
+    folder = export.write(tmp_path / "source")
+    if target == "per-expert":
+        folder = rewrite(folder, tmp_path / "stacked", "stacked").folder
+    rewrite(folder, out, target)
+    assert_same_numbers(out, folder)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -341,7 +341,10 @@ def _any_platform(lacks: list[str]) -> Generator[None, None, None]:
     """Of attention that a platform lacks, `lacks` gets its error; the model is built
     all the same, since nothing of it is computed."""
     from vllm.platforms import current_platform
+    from vllm.v1.attention import selector
 
+    # Of another model that was asked before.
+    selector._cached_get_attn_backend.cache_clear()
     before = current_platform.get_attn_backend_cls
 
     def get_attn_backend_cls(*args, **kwargs):

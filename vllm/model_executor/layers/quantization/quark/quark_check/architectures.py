@@ -96,7 +96,8 @@ class Structure:
 
     places: tensor -> the module that takes it, None for none; what is not among them
     is not known. layers: those that the model has, by prefix. only_text: seen without
-    the model's images, as it does not load with them. int8_error: what the loader says
+    the model's images, as it does not load with them. lacks_on_cpu: what upstream's
+    CPU platform says that it cannot compute. int8_error: what the loader says
     to INT8 weights, "" where it takes them. is_derived: told by the model of this very
     checkpoint. gaps: why some of the model is missing in the checkpoint.
     """
@@ -105,6 +106,7 @@ class Structure:
     layers: Mapping[str, Asked]
     mappers: tuple[Renames, ...] = ()
     only_text: bool = False
+    lacks_on_cpu: tuple[str, ...] = ()
     int8_error: str = ""
     is_derived: bool = False
     gaps: tuple[str, ...] = ()
@@ -157,7 +159,9 @@ def of_dry_run(looked: Pass, tensors: Iterable[str]) -> Structure | None:
         else:
             places[name] = None
     mappers = tuple(map(Renames, looked.mappers))
-    return Structure(places, layers, mappers, looked.only_text, is_derived=True)
+    return Structure(
+        places, layers, mappers, looked.only_text, looked.lacks, is_derived=True
+    )
 
 
 # --- what releases told -----------------------------------------------------------
@@ -189,7 +193,7 @@ class Pattern:
     modules: pattern of a module -> what it is, with the patterns of the tensors that it
     takes; skipped: patterns of tensors that it takes not; depths: stems of names, such
     as `model.layers.`, of which there are as many as config.json has layers;
-    skips_past: whether what lies beyond is left out.
+    skips_past: whether what lies beyond is left out. The rest is as in Structure.
     """
 
     modules: Mapping[str, Mapping[str, Any]]
@@ -198,6 +202,7 @@ class Pattern:
     depths: tuple[str, ...]
     skips_past: bool
     only_text: bool
+    lacks: tuple[str, ...]
     int8_error: str
 
     @cached_property
@@ -252,6 +257,7 @@ class Pattern:
             layers,
             tuple(map(Renames, self.mappers)),
             self.only_text,
+            self.lacks,
             self.int8_error,
             gaps=tuple(gaps),
         )
@@ -286,6 +292,7 @@ def architecture(name: str) -> Architecture | None:
             tuple(each["depths"]),
             each["skips_past"],
             each["only_text"],
+            tuple(each["lacks_on_cpu"]),
             each["int8_error"],
         )
         releases |= dict.fromkeys(each["releases"], pattern)

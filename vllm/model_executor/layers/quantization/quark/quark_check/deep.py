@@ -38,6 +38,7 @@ from vllm.model_executor.layers.quantization.quark.layout import (
 )
 from vllm.model_executor.layers.quantization.quark.problems import (
     EXPORT_AGAIN,
+    KINDS,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check import stored
 from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
@@ -289,7 +290,7 @@ def _measure(
 
 
 NON_FINITE, NOT_POSITIVE = "non-finite", "scale-not-positive"
-NOT_ZERO = "zero-point-not-zero"
+NOT_ZERO, ZERO_CHANNELS = "zero-point-not-zero", "zero-channels"
 
 
 def _faults(tensor: TensorInfo, is_ignored: bool, counter: _Counter) -> set[str]:
@@ -311,6 +312,18 @@ def _faults(tensor: TensorInfo, is_ignored: bool, counter: _Counter) -> set[str]
             found.add(NOT_POSITIVE)
         counter.add(_nbytes(tensor) * count // math.prod(tensor.shape))
     return found
+
+
+def _are_zero_channels(module: Module, scale: TensorInfo) -> bool:
+    """Whether scales that are not above zero are finite, and belong to channels, or
+    tensors, of zeros."""
+    weight = module.get(WEIGHT)
+    if scale.name.rpartition(".")[2] != SCALE or weight is None or weight.dtype != "I8":
+        return False
+    values = stored.read(scale, 0, math.prod(scale.shape))
+    return bool(np.isfinite(values).all()) and stored.holds_zeros(
+        weight.file, weight.start, weight.end, values <= 0
+    )
 
 
 def _fault_findings(faults: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
@@ -335,6 +348,9 @@ def _fault_findings(faults: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
             f"{EXPORT_AGAIN}, with calibration data that reach every layer",
             names,
         )
+    if names := faults.get(ZERO_CHANNELS):
+        kind = KINDS[ZERO_CHANNELS]
+        yield finding(kind.id, "note", kind.summary, kind.why, kind.remedy, names)
     if names := faults.get(NOT_ZERO):
         yield finding(
             NOT_ZERO,
@@ -527,6 +543,8 @@ def deep_findings(
                 suffix, read.is_experts, read.config
             )
             for each in _faults(tensor, is_ignored, counter):
+                if each == NOT_POSITIVE and _are_zero_channels(module, tensor):
+                    each = ZERO_CHANNELS
                 faults[each].append(tensor.name)
     findings = [*_fault_findings(faults), *_stand_out(modules)]
     if compared:

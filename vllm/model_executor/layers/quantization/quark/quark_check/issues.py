@@ -6,6 +6,7 @@ model (known.py); of releases it is told from their models and their way to read
 config (stock.py). What is not known is said so.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -310,8 +311,10 @@ def _cpu_issues(known: Known) -> Iterator[Issue]:
     structure = known.structure
     if structure is None:
         return
-    lacks = known.looked.structure.lacks if known.looked else ()
-    for each in lacks:
+    # What a model was seen to lack was seen without that setting.
+    is_told = structure.is_derived or os.environ.get("VLLM_MLA_DISABLE", "0") != "1"
+    is_here = known.looked is None or known.looked.platform == "cpu"
+    for each in structure.lacks_on_cpu if is_told and is_here else ():
         yield Issue(
             finding(
                 "platform-lacks",

@@ -8,7 +8,7 @@ loads it. rewrite.py writes it.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import prod
@@ -513,18 +513,32 @@ def _check_values(planned: Known, tensors: Tensors) -> None:
             is_scale = suffix in SCALES
             if not is_scale and not must_be_zero(suffix, each.is_experts, each.config):
                 continue
-            for piece in tensors[info.name].pieces:
+            weight = tensors[each.stored.weight.name]
+            for piece, of_weight in _beside(tensors[info.name], weight):
                 part = TensorInfo(info.name, info.dtype, (), *_place(piece))
                 count = 8 * (piece.end - piece.start) // DTYPE_BITS[info.dtype]
                 values = stored.read(part, 0, count)
-                if is_scale and not (np.isfinite(values) & (values > 0)).all():
-                    expected = "scales that are finite and above zero"
+                bad = ~(np.isfinite(values) & (values > 0))
+                if is_scale and bad.any():
+                    is_finite = suffix == SCALE and np.isfinite(values).all()
+                    if is_finite and stored.holds_zeros(*_place(of_weight), bad):
+                        continue
+                    expected = "scales that are finite, and above zero but for zeros"
                 elif not is_scale and values.any():
                     expected = "zero points of 0, which kernels ignore"
                 else:
                     continue
                 where = f"{info.name} in {piece.file}"
                 raise misfit(where, expected, "others", EXPORT_AGAIN)
+
+
+def _beside(scale: Planned, weight: Planned) -> Iterator[tuple[Piece, Piece]]:
+    """The pieces of a scale, each with that of the weight that it belongs to."""
+    if len(scale.pieces) == len(weight.pieces):
+        yield from zip(scale.pieces, weight.pieces, strict=True)
+        return
+    for piece in scale.pieces:
+        yield piece, weight.pieces[0]
 
 
 def _place(piece: Piece) -> tuple[Path, int, int]:

@@ -2,6 +2,7 @@
 """The bytes and numbers of a checkpoint's tensors, a few MiB at a time."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +79,16 @@ def is_finite(tensor: TensorInfo, first: int, count: int) -> bool:
     bits = _read(tensor, first, count)
     bits &= bits.dtype.type(mask)
     return not (bits == mask).any()
+
+
+def holds_zeros(file: Path, start: int, end: int, marked: NDArray) -> bool:
+    """Whether all parts of an INT8 weight are zeros that are marked; the weight lies in
+    a file between `start` and `end`, in as many equal parts as there are marks."""
+    size = (end - start) // max(1, marked.size)
+    return not any(
+        np.fromfile(file, np.int8, size, offset=start + int(part) * size).any()
+        for part in np.flatnonzero(marked)
+    )
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
