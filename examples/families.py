@@ -62,7 +62,7 @@ BAR_ERRORS, BAR_BFLOAT16 = 4, 0.01
 
 TRANSFORMERS = f"transformers {version('transformers')}, float32"
 DEQUANTIZED = f"{TRANSFORMERS}, dequantized weights"
-STOCK_FLOAT = "stock vLLM, unquantized: it differs from transformers here"
+STOCK_FLOAT = "stock vLLM, unquantized"
 COLOURS = {"right": "green", "garbage": "red", "refused": "yellow", "needs": "dim"}
 
 # The command beside the installed vLLM, and the script by itself.
@@ -71,7 +71,9 @@ CHECKS: dict[str, list[str]] = {
     "alone": [str(ROOT / "vllm/entrypoints/cli/quark_check.py")],
 }
 
-console = Console()
+WORDS = {"wrong": "garbage"}  # of quark-check, and of this table
+
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)
@@ -168,28 +170,34 @@ def tensor(rows: Sequence[Sequence[float | None]]) -> Tensor:
     return torch.tensor([[-math.inf if x is None else x for x in row] for row in rows])
 
 
+def judge_control(cell: Cell, answers: Answers) -> dict[str, Any]:
+    """Stock's unquantized answers, with what they are worth."""
+    if error := answers.get("error"):
+        return answers | {"outcome": f"refused: {error}"}
+    found = compare_logprobs(cell.unquantized, answers["logprobs"])["overlap20"]
+    least = cell.bars[0]
+    is_right = found >= least
+    outcome = "right" if is_right else f"garbage: {found:.3f}, the bar is {least:.3f}"
+    return answers | {"outcome": outcome}
+
+
 def judge(cell: Cell, answers: Answers, control: Answers) -> dict[str, Any]:
     """The outcome, and the overlaps it rests on.
 
-    The control is what stock answers unquantized. Where that is not what transformers
-    answers, rounding to INT8 is not at fault, and it takes transformers' place. Where
-    it ends with the same error, no export of the family can run here. Questions with a
-    picture are asked of it alone: releases mask a picture's tokens differently.
+    The control is what stock answers unquantized. Where it ends with the same error, no
+    export of the family can run here. Where it is known to differ from transformers
+    here, and does, it takes transformers' place. Questions with a picture are asked of
+    it alone: releases mask a picture's tokens differently.
     """
     if error := answers.get("error"):
         is_same = error == control.get("error") and not torch.cuda.is_available()
         return {"outcome": f"{'needs a GPU' if is_same else 'refused'}: {error}"}
     rows = answers["logprobs"]
-    reference, least = cell.dequantized, cell.bars[0]
-    said = DEQUANTIZED if cell.export != families.FLOAT else TRANSFORMERS
-    if cell.export != families.FLOAT and "error" not in control:
-        of_control = compare_logprobs(cell.unquantized, control["logprobs"])
-        if of_control["overlap20"] < control["bar"]:
-            reference, least, said = (
-                tensor(control["logprobs"]),
-                cell.bars[1],
-                STOCK_FLOAT,
-            )
+    reference, least, said = cell.dequantized, cell.bars[0], DEQUANTIZED
+    reason = cell.family.differs_on_cpu
+    if reason and "error" not in control and control["outcome"] != "right":
+        reference, least = tensor(control["logprobs"]), cell.bars[1]
+        said = f"{STOCK_FLOAT}: {reason}"
     found = compare_logprobs(reference, rows)
     is_finite = all(value is not None for row in rows for value in row)
     outcome = "right" if is_finite and found["overlap20"] >= least else "garbage"
@@ -232,10 +240,11 @@ def quark_check(folder: Path, mode: str) -> dict[str, str]:
     verdicts = json.loads(run.stdout[start:])["verdicts"]
     device = "GPU" if torch.cuda.is_available() else "CPU"
     rows = {"fork": f"this fork, {device}", "stock": "0.20"}
-    return {
+    said_of = {
         build: next((v["outcome"] for v in verdicts if v["vllm"].startswith(row)), "")
         for build, row in rows.items()
     }
+    return {build: WORDS.get(word, word) for build, word in said_of.items()}
 
 
 def short(outcome: str) -> str:
@@ -313,10 +322,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], heading: str) -> str:
         "the engine ended with an error. `needs a GPU`: so does the unquantized model, "
         f"with the same error. Models that take pictures are asked {NUM_PICTURES} "
         "questions with one too: `garbage: with pictures` says that those alone are "
-        "not answered as the unquantized model does. Where stock's unquantized answers "
-        "are not transformers' (*), they are the reference. Figures are the fork's, or "
-        "stock's where the fork has none; quark-check's verdicts are of the fork, then "
-        "of stock.",
+        "not answered as by the unquantized model. Figures are the fork's, or stock's "
+        "where the fork has none; quark-check's verdicts are of the fork, then of "
+        "stock.",
         "",
         "| family | architecture | export | stock | fork | quark-check "
         f"| top {TOP} | bar |",
@@ -329,7 +337,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], heading: str) -> str:
         )
         if row["faults"] and fork != "right":
             fork = f"**{fork}**"
-        star = "*" if row["reference"] == STOCK_FLOAT else ""
+        star = "*" if row["reference"].startswith(STOCK_FLOAT) else ""
         columns = [
             row["family"],
             row["architecture"],
@@ -349,6 +357,17 @@ def markdown(rows: Sequence[Mapping[str, Any]], heading: str) -> str:
         if said:
             lines += ["", f"What {build} said where it did not answer:", ""]
             lines += [f"- `{plain(e)}`: {', '.join(of)}" for e, of in said.items()]
+    others = {row["family"]: row["unquantized"] for row in rows}
+    others = {name: said_of for name, said_of in others.items() if said_of != "right"}
+    if others:
+        lines += [
+            "",
+            "Unquantized, stock does not answer these as transformers does:",
+            "",
+        ]
+        lines += [f"- {name}: {plain(said_of)}" for name, said_of in others.items()]
+    starred = {r["reference"] for r in rows if r["reference"].startswith(STOCK_FLOAT)}
+    lines += [f"\n\\* The reference is {reference}." for reference in sorted(starred)]
     wrong = [row for row in rows if row["faults"]]
     if wrong:
         lines += ["", "Not as it should be:", ""]
@@ -407,11 +426,14 @@ def main() -> None:
         asked = [(cell.folder, mode) for cell in cells for mode in CHECKS]
         said = iter(list(pool.map(lambda one: quark_check(*one), asked)))
 
+    judged = {
+        family: judge_control(cell, answers["stock"][cell.key])
+        for family, cell in controls.items()
+    }
     rows = []
     for cell in cells:
-        control = controls[cell.family]
-        of_control = answers["stock"][control.key] | {"bar": control.bars[0]}
-        found = {b: judge(cell, answers[b][cell.key], of_control) for b in answers}
+        control = judged[cell.family]
+        found = {b: judge(cell, answers[b][cell.key], control) for b in answers}
         figures = found["fork"] if "bar" in found["fork"] else found["stock"]
         row = {
             "family": cell.family.name,
@@ -426,6 +448,7 @@ def main() -> None:
             "overlap20_pictures": figures.get("overlap20_pictures"),
             "overlap20_unquantized": figures.get("overlap20_unquantized"),
             "overlap20_stock": found["stock"].get("overlap20"),
+            "unquantized": control["outcome"],
         }
         rows.append(row | {"faults": faults(row)})
 

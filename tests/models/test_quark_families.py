@@ -5,6 +5,7 @@ of them through the engine. `make matrix` runs them all."""
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from examples import families as runner
 from examples.compare_builds import ask
-from examples.families import Cell, faults, judge, make_cells
+from examples.families import Cell, faults, judge, judge_control, make_cells
 from tests.fixtures import families
 from tests.fixtures.families import BY_NAME, FAMILIES, Export, Family
 
@@ -56,7 +57,8 @@ def answers(cells: dict[str, Cell]) -> dict[str, dict]:
 @pytest.mark.parametrize("key", ASKED)
 def test_the_engine_answers_right(key: str, cells: dict, answers: dict):
     # The unquantized model is not asked: these families run on any device.
-    found = judge(cells[key], answers[key], {"error": "not asked"})
+    control = judge_control(cells[key], {"error": "not asked"})
+    found = judge(cells[key], answers[key], control)
     assert found["outcome"] == "right", found
 
 
@@ -220,7 +222,7 @@ def answered(logprobs: torch.Tensor, **more: Any) -> dict[str, Any]:
 
 def test_what_is_right(rng: torch.Generator):
     cell = some_cell(rng)
-    control = answered(cell.unquantized, bar=0.9)
+    control = judge_control(cell, answered(cell.unquantized))
     right = judge(cell, answered(cell.dequantized), control)
     assert right["outcome"] == "right" and right["overlap20"] == 1
     assert right["reference"] == runner.DEQUANTIZED
@@ -235,7 +237,8 @@ def test_what_is_right(rng: torch.Generator):
 def test_pictures_are_asked_of_the_unquantized_model(rng: torch.Generator):
     cell = some_cell(rng)
     pictures = torch.randn(4, 64, generator=rng).log_softmax(-1)
-    control = answered(cell.unquantized, bar=0.9, pictures=pictures.tolist())
+    control = answered(cell.unquantized, pictures=pictures.tolist())
+    control = judge_control(cell, control)
     blind = answered(cell.dequantized, pictures=pictures.roll(1, 0).tolist())
     assert judge(cell, blind, control)["outcome"] == "garbage: with pictures"
     sees = answered(cell.dequantized, pictures=pictures.tolist())
@@ -245,21 +248,29 @@ def test_pictures_are_asked_of_the_unquantized_model(rng: torch.Generator):
     assert judge(cell, sees, control)["outcome"] == "garbage: with pictures"
 
 
-def test_where_the_unquantized_model_answers_otherwise_it_is_the_reference(
+def test_where_a_cpu_is_known_to_differ_the_unquantized_model_is_the_reference(
     rng: torch.Generator,
 ):
     cell = some_cell(rng)
     others = torch.randn(8, 64, generator=rng).log_softmax(-1)
-    found = judge(cell, answered(others), answered(others, bar=0.9))
-    assert found["outcome"] == "right" and found["reference"] == runner.STOCK_FLOAT
-    found = judge(cell, answered(cell.dequantized), answered(others, bar=0.9))
+    control = judge_control(cell, answered(others))
+    assert control["outcome"].startswith("garbage: 0.")
+    assert judge(cell, answered(others), control)["outcome"] == "garbage"
+    known = replace(cell, family=BY_NAME["deepseek-v3-mha"])
+    found = judge(known, answered(others), control)
+    assert found["outcome"] == "right"
+    assert found["reference"].startswith(runner.STOCK_FLOAT)
+    found = judge(known, answered(cell.dequantized), control)
     assert found["outcome"] == "garbage"
+    control = judge_control(cell, answered(cell.unquantized))
+    assert control["outcome"] == "right"
+    assert judge(known, answered(cell.dequantized), control)["outcome"] == "right"
 
 
 def test_errors(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cell, error = some_cell(rng), {"error": "KeyError: 'x'", "loaded": False}
-    fine = answered(cell.unquantized, bar=0.9)
+    fine = judge_control(cell, answered(cell.unquantized))
     assert judge(cell, error, fine)["outcome"] == "refused: KeyError: 'x'"
     assert judge(cell, error, error)["outcome"] == "needs a GPU: KeyError: 'x'"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
