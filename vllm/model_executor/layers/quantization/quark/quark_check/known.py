@@ -153,7 +153,8 @@ class Known:
     # --- what the engine sees while it loads, told from the structure -----------------
 
     def _of_structure(self, structure: Structure) -> Iterator[Problem]:
-        for gap in structure.gaps:
+        # What seems to be missing may be there under a name that is not known.
+        for gap in () if self.unknown else structure.gaps:
             expected = "tensors for every layer that config.json counts"
             yield Problem("weight-missing", gap, expected, "none")
         for asked, layer in self.layers.values():
