@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def unpacked(release: str) -> Path:
 def checkpoints(folder: Path) -> Iterator[tuple[str, Path]]:
     """The export's kind and the folder of small checkpoints of all architectures."""
     from tests.fixtures.cells import CELLS
-    from tests.fixtures.families import FAMILIES, exports, make_export
+    from tests.fixtures.families import BY_NAME, FAMILIES, exports, make_export
 
     for cell in CELLS:
         if cell.name in ("int8-per-expert", "int8-3key"):
@@ -84,6 +85,14 @@ def checkpoints(folder: Path) -> Iterator[tuple[str, Path]]:
             if name in EXPORTS:
                 export = make_export(family, name)
                 yield name, export.write(folder / f"{family.name}-{name}")
+    # As transformers 5 saves it. vLLM's model takes its text alone.
+    gemma = make_export(BY_NAME["gemma3"], "by-name")
+    named = {
+        key.replace("vision_tower.vision_model.", "vision_tower."): tensor
+        for key, tensor in gemma.weights.items()
+    }
+    gemma = replace(gemma, weights=named)
+    yield "by-name", gemma.write(folder / "gemma3-as-transformers-5")
 
 
 # --- what one model told, with stars ------------------------------------------------
@@ -120,15 +129,33 @@ def _modules(looked: Pass) -> dict[str, dict[str, Any]]:
     return {name: each for name, each in found.items() if name not in wrong}
 
 
+def _stem(name: str) -> str:
+    """`model.layers.` of `model.layers.3.mlp`."""
+    return general(name)[0].partition("*")[0]
+
+
+def _towers(looked: Pass, left: list[str]) -> list[str]:
+    """First names, such as `vision_tower.`, of which a model that was looked at without
+    its images takes nothing."""
+    if not looked.only_text:
+        return []
+    first = {f"{name.partition('.')[0]}." for name in left}
+    return sorted(first - {f"{name.partition('.')[0]}." for name in looked.taken})
+
+
 def _told(looked: Pass, tensors: Tensors, depth: int | None) -> dict[str, Any]:
     modules = _modules(looked)
     left = [n for n in tensors if is_structure(n) and n not in looked.taken]
-    # `model.layers.` where there are as many taken as config.json says.
+    # `model.layers.` where there are as many taken as config.json says, in the part of
+    # the model that has a key/value cache.
+    of_text = {
+        _stem(name) for name, each in looked.modules.items() if each.kind == "attention"
+    }
     numbers: dict[str, set[int]] = defaultdict(set)
-    for tensor in looked.taken:
-        pattern, own = general(tensor)
-        if own:
-            numbers[pattern.partition("*")[0]].add(own[0])
+    for tensor, parameters in looked.taken.items():
+        _, own = general(tensor)
+        if own and of_text & set(map(_stem, parameters)):
+            numbers[_stem(tensor)].add(own[0])
     depths = [
         stem
         for stem, seen in numbers.items()
@@ -140,13 +167,14 @@ def _told(looked: Pass, tensors: Tensors, depth: int | None) -> dict[str, Any]:
         if any(name.startswith(stem) for stem in depths)
         and general(name)[1][0] >= (depth or 0)
     ]
+    skipped = sorted({general(name)[0] for name in left if name not in past})
     return {
         "modules": modules,
-        "skipped": sorted({general(name)[0] for name in left if name not in past}),
+        "skipped": [] if looked.only_text else skipped,
+        "skipped_with_images": _towers(looked, left),
         "mappers": list(looked.mappers),
         "depths": depths,
         "skips_past": bool(past),
-        "only_text": looked.only_text,
         "lacks_on_cpu": list(looked.lacks),
     }
 
@@ -163,6 +191,7 @@ def _merged(told: list[dict[str, Any]]) -> dict[str, Any]:
                 wrong.add(name)
             held["tensors"] = sorted({*held["tensors"], *module["tensors"]})
     skipped = {name for each in told for name in each["skipped"]}
+    with_images = {name for each in told for name in each["skipped_with_images"]}
     takers: dict[str, set[str]] = defaultdict(set)
     for name, module in modules.items():
         for tensor in module["tensors"]:
@@ -176,10 +205,10 @@ def _merged(told: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "modules": {n: m for n, m in sorted(modules.items()) if n not in wrong},
         "skipped": sorted(skipped - told_twice),
+        "skipped_with_images": sorted(with_images),
         "mappers": first["mappers"],
         "depths": sorted({stem for each in told for stem in each["depths"]}),
         "skips_past": any(each["skips_past"] for each in told),
-        "only_text": any(each["only_text"] for each in told),
         "lacks_on_cpu": sorted(
             {lack for each in told for lack in each["lacks_on_cpu"]}
         ),

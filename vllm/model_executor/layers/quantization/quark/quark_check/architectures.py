@@ -191,9 +191,10 @@ class Pattern:
     """What one release told about one architecture, with `*` for numbers.
 
     modules: pattern of a module -> what it is, with the patterns of the tensors that it
-    takes; skipped: patterns of tensors that it takes not; depths: stems of names, such
-    as `model.layers.`, of which there are as many as config.json has layers;
-    skips_past: whether what lies beyond is left out. The rest is as in Structure.
+    takes; skipped: patterns of tensors that it takes not; with_images: how the names
+    begin that keep it from loading with its images; depths: stems of names, such as
+    `model.layers.`, of which there are as many as config.json has layers; skips_past:
+    whether what lies beyond is left out. The rest is as in Structure.
     """
 
     modules: Mapping[str, Mapping[str, Any]]
@@ -201,7 +202,7 @@ class Pattern:
     mappers: tuple[Mapping[str, Any], ...]
     depths: tuple[str, ...]
     skips_past: bool
-    only_text: bool
+    with_images: tuple[str, ...]
     lacks: tuple[str, ...]
     int8_error: str
 
@@ -220,6 +221,7 @@ class Pattern:
         places: dict[str, Place | None] = {}
         layers: dict[str, Asked] = {}
         seen: dict[str, set[int]] = defaultdict(set)
+        only_text = False
         for name in filter(is_structure, tensors):
             pattern, numbers = general(name)
             stem = next((each for each in self.depths if name.startswith(each)), None)
@@ -229,10 +231,12 @@ class Pattern:
                         places[name] = None
                     continue
                 seen[stem].add(numbers[0])
-            if pattern in self.skipped:
-                places[name] = None
-                continue
-            if (module := self.takers.get(pattern)) is None:
+            module = self.takers.get(pattern)
+            if module is None:
+                is_image = name.startswith(self.with_images)
+                only_text = only_text or is_image
+                if is_image or pattern in self.skipped:
+                    places[name] = None
                 continue
             each = self.modules[module]
             asked = None
@@ -256,7 +260,7 @@ class Pattern:
             places,
             layers,
             tuple(map(Renames, self.mappers)),
-            self.only_text,
+            only_text,
             self.lacks,
             self.int8_error,
             gaps=tuple(gaps),
@@ -291,7 +295,7 @@ def architecture(name: str) -> Architecture | None:
             tuple(each["mappers"]),
             tuple(each["depths"]),
             each["skips_past"],
-            each["only_text"],
+            tuple(each["skipped_with_images"]),
             tuple(each["lacks_on_cpu"]),
             each["int8_error"],
         )

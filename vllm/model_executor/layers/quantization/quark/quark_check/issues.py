@@ -190,6 +190,8 @@ def _load_issues(known: Known) -> Iterator[Issue]:
     looked, structure = known.looked, known.structure
     if structure is None:
         return
+    if structure.only_text:
+        yield _only_text()
     if looked is None or not structure.is_derived:
         if structure.int8_error:
             yield _does_not_load(structure.int8_error, FORK)
@@ -199,8 +201,6 @@ def _load_issues(known: Known) -> Iterator[Issue]:
         # A kernel that is missing on this platform is a matter of this platform.
         is_here = engine.error.startswith("NotImplementedError")
         yield _does_not_load(engine.error, [here] if is_here else FORK)
-    if structure.only_text:
-        yield _only_text()
 
 
 def _is_told(error: str, problems: Iterable[Problem]) -> bool:
