@@ -105,4 +105,4 @@ def test_what_files_hold_chooses_among_names():
     assert shards("a.gate_proj", "a.up_proj", "a.w1") == ["a.gate_proj", "a.up_proj"]
     assert shards("a.w1", "a.w3") == ["a.w1", "a.w3"]
     assert shards("a.gate_up_proj", "a.gate_proj") == ["a.gate_up_proj"]
-    assert shards("b.gate_proj", "b.up_proj") == []
+    assert shards("b.c.gate_proj", "b.c.up_proj") == []
