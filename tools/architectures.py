@@ -32,6 +32,7 @@ from vllm.model_executor.layers.quantization.quark.dry_run import (
 )
 from vllm.model_executor.layers.quantization.quark.layout import first_value
 from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
+    LEAVES,
     general,
     special,
 )
@@ -127,6 +128,16 @@ def _modules(looked: Pass) -> dict[str, dict[str, Any]]:
             elif pattern not in held["tensors"]:
                 held["tensors"].append(pattern)
     return {name: each for name, each in found.items() if name not in wrong}
+
+
+def _int8_error(looked: Pass) -> str:
+    """What keeps a model from INT8 weights: its loader's error, or a parameter that the
+    loader leaves without numbers; "" for nothing."""
+    if looked.stage:
+        return looked.error if looked.stage == "load" else ""
+    # Scales are left by floats that a release takes for INT8, which is told elsewhere.
+    left = [name for name in looked.unfilled if name.endswith("weight")]
+    return f"{LEAVES} {left[0]} without numbers" if left else ""
 
 
 def _stem(name: str) -> str:
@@ -297,8 +308,8 @@ def main() -> None:
                 depth = first_value(config, "num_hidden_layers")
                 each = _told(looked, tensors, depth)
                 told[architecture].setdefault(release, []).append(each)
-                if name == "by-name" and said.engine.stage == "load":
-                    errors[architecture, release] = said.engine.error
+                if name == "by-name" and (error := _int8_error(said.engine)):
+                    errors[architecture, release] = error
     architectures = (
         dict(before.get("architectures", {})) if args.only is not None else {}
     )

@@ -24,6 +24,8 @@ from vllm.model_executor.layers.quantization.quark.dry_run import (
 )
 
 FILE = Path(__file__).with_name("architectures.json")
+# How an error begins that no vLLM raises: a loader that leaves parameters unfilled.
+LEAVES = "the loader leaves"
 # Kinds of layers that a Quark config is asked about.
 ASKED = ("linear", "experts")
 
@@ -111,8 +113,12 @@ class Structure:
     is_derived: bool = False
     gaps: tuple[str, ...] = ()
 
-    def place(self, tensor: str) -> Place | None:
-        return self.places.get(tensor)
+    def refuses(self, int8: Iterable[str]) -> str:
+        """`int8_error`, where it is about one of these INT8 modules of a checkpoint."""
+        named = re.search(r"([\w.]+)\.weight_scale", self.int8_error)
+        last = named[1].rpartition(".")[2] if named else ""
+        is_about = any(not last or name.rpartition(".")[2] == last for name in int8)
+        return self.int8_error if is_about else ""
 
     def unknown(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
         """The tensors that hold matrices, or what belongs to them, and of which it is

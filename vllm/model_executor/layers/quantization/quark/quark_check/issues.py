@@ -21,6 +21,7 @@ from vllm.model_executor.layers.quantization.quark.export import (
 )
 from vllm.model_executor.layers.quantization.quark.problems import KINDS, Problem
 from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
+    LEAVES,
     Asked,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
@@ -193,8 +194,8 @@ def _load_issues(known: Known) -> Iterator[Issue]:
     if structure.only_text:
         yield _only_text()
     if looked is None or not structure.is_derived:
-        if structure.int8_error:
-            yield _does_not_load(structure.int8_error, FORK)
+        if error := structure.refuses(each.name for each in known.int8):
+            yield _does_not_load(error, FORK)
         return
     engine, here = looked.engine, FORK_CPU if looked.platform == "cpu" else FORK_GPU
     if engine.stage and not _is_told(engine.error, known.problems):
@@ -471,6 +472,11 @@ WRONG = {
         "this fork: patch 0010; or their names in exclude in config.json (--fix adds "
         "them)",
     ),
+    "model-does-not-load": (
+        "leaves parameters without numbers: garbage",
+        "Its model does not take these INT8 weights as they are stored: {refusal}.",
+        "an export that leaves these layers as floats",
+    ),
     "int8-left-float": (
         "would read {what} as floats: garbage",
         "It finds them in exclude, or in an override that leaves them alone, by rules "
@@ -532,9 +538,11 @@ def _release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
                 note("config-unread", "refused", row, [])
                 refusals["config-unread"] = config.refusal
                 continue
-            if structure.int8_error and known.int8:
-                note("model-does-not-load", "refused", row, [])
-                refusals["model-does-not-load"] = structure.int8_error[:200]
+            if error := structure.refuses(each.name for each in known.int8):
+                id = "model-does-not-load"
+                outcome: Outcome = "wrong" if error.startswith(LEAVES) else "refused"
+                note(id, outcome, row, [])
+                refusals[id] = f"{error:.200}"
             for prefix, asked in structure.layers.items():
                 if prefix not in known.layers:
                     continue
