@@ -41,6 +41,7 @@ from tests.fuzz.mutations import mutate
 from tools.errors import ForkError
 from tools.fix import QUARK
 from tools.peek import sources
+from tools.upstream import ROOT
 
 STEP, QWEN = "int8-per-expert", "qwen2-moe-tiny-int8-per-expert"
 FAMILY_EXPORTS = (
@@ -341,3 +342,22 @@ def test_decides_as_releases_do(version, draw: random.Random):
         assert found == decide_as_stock(code, config, asked), (config, asked)
         seen.add(str(found)[:7])
     assert len(seen) > 2
+
+
+MEASURED = json.loads((ROOT / "docs/results/families-h200.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in MEASURED if row["export"] == "by-glob"],
+    ids=lambda row: row["family"],
+)
+def test_verdicts_are_what_was_measured(row, tmp_path, monkeypatch):
+    """On an H200, of stock 0.20.2 and of this fork, with Quark's own excludes."""
+    family = BY_NAME[row["family"]]
+    for name, value in family.env.items():
+        monkeypatch.setenv(name, value)
+    told = outcomes(make_export(family, row["export"]).write(tmp_path / "x"), None)
+    words = {"right": "right", "garbage": "wrong", "refused": "refused"}
+    for target, build in (("0.20.0-0.21.0", "stock"), (FORK_GPU, "fork")):
+        assert told[target] == words[row[build].partition(":")[0]]
