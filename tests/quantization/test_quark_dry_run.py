@@ -30,6 +30,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
     FORK,
+    FORK_GPU,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.stock import StockConfig
 from vllm.model_executor.layers.quantization.quark.quark_check.verdicts import judge
