@@ -220,13 +220,13 @@ def judge(cell: Cell, answers: Answers, control: Answers) -> dict[str, Any]:
     }
 
 
-def quark_check(folder: Path, mode: str) -> dict[str, str]:
+def quark_check(folder: Path, mode: str, env: Mapping[str, str]) -> dict[str, str]:
     """What `vllm quark-check` expects of this fork and of stock 0.20, here."""
     command = [sys.executable, *CHECKS[mode], "--json", str(folder)]
     try:
         run = subprocess.run(
             command,
-            env=environment(None) | {"VLLM_LOGGING_LEVEL": "ERROR"},
+            env=environment(None) | {"VLLM_LOGGING_LEVEL": "ERROR"} | dict(env),
             capture_output=True,
             text=True,
             timeout=SECONDS,
@@ -423,7 +423,7 @@ def main() -> None:
         "fork": ask_all("fork", cells, prompts, None),
     }
     with console.status("quark-check"), ThreadPoolExecutor(os.cpu_count()) as pool:
-        asked = [(cell.folder, mode) for cell in cells for mode in CHECKS]
+        asked = [(c.folder, mode, c.family.env) for c in cells for mode in CHECKS]
         said = iter(list(pool.map(lambda one: quark_check(*one), asked)))
 
     judged = {
