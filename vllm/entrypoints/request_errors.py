@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Which errors a request is to blame for, and how the server answers those.
 
 Most of what refuses a request raises plain ValueErrors, and so do faults of the server.

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """`vllm quark-check`: say what will happen to a Quark INT8 checkpoint.
 
 Needs neither vLLM nor torch: in a checkout `python <this file>` does the same, beside

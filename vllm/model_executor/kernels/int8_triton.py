@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Pieces that Triton kernels share: those of INT8 (W8A8) linear layers, of the fused
 MoE, and of its router."""
 

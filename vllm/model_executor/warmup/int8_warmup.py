@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Compile a model's Triton kernels before the first request, if it has INT8 experts.
 
 Their tiles depend on the number of tokens. The profile run and the capture of CUDA

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """INT8 (W8A8) fused MoE on a CPU: tokens sorted by expert, each expert's weights read
 once."""
 

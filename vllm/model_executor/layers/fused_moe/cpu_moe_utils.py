@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What INT8 and unquantized experts on a CPU share: which token goes to which expert,
 and the activation."""
 

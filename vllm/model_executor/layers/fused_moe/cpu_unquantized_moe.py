@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Unquantized fused MoE on a CPU: routed as on GPUs, by upstream's kernel where that is
 right, in torch elsewhere."""
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """INT8 (W8A8) fused MoE in Triton: the layer, a registered torch op."""
 
 import functools

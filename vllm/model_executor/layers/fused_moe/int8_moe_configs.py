@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Tiles of the INT8 fused MoE: a table of choices by device and shape.
 
 The choices for Hopper were measured on an H100, those of Gluon's kernels on an H200;

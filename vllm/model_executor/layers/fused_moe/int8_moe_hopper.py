@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The INT8 fused MoE's two products for many tokens, in Gluon, for Hopper.
 
 Triton waits for the tensor cores after every step over K if the sums are integers: its

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Triton kernels of the INT8 (W8A8) fused MoE.
 
 A pair is a token and one of its `topk` experts; there are P = M * topk, and pair p is

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Normalize and rotate the heads of queries and keys in one pass.
 
 Upstream's operator of this kind multiplies by a weight in the model's dtype; that of

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """INT8 linear layers on CPUs where upstream's kernel is wrong or missing."""
 
 from typing import TYPE_CHECKING

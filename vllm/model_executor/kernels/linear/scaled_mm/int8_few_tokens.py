@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """INT8 (W8A8) linear layers for a few tokens, in Triton.
 
 With few tokens a linear layer takes as long as its weights take to arrive. A tile of

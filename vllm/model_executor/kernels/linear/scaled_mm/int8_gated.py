@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """An INT8 linear layer behind attention whose heads are gated, in the layer's kernels.
 
 A gate of its own reads and writes all of attention's output before it is quantized.

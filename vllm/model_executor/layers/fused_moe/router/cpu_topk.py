@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Top-k routing on a CPU: what the operators of these names do on GPUs, in torch."""
 
 import torch

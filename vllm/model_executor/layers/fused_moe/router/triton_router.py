@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The router of an MoE layer in Triton: its product in float32, and its choice.
 
 Upstream computes a float32 product without tensor cores, and chooses among a number of

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a folder of safetensors files holds, from its index and headers alone.
 
 The format, as safetensors documents it: eight bytes with the

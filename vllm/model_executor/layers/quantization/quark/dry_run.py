@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a vLLM's own model makes of a checkpoint's tensors, without their bytes.
 
     python -m vllm.model_executor.layers.quantization.quark.dry_run < QUESTIONS

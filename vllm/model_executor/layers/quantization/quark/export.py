@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What the files of a Quark INT8 export hold for each layer that a model is built of.
 
 A model that is being built asks for the quantization of its layers one by one, by

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """No silence while a Quark INT8 checkpoint is loaded.
 
 Three times something is asked. `check_model`, while vLLM reads the config: are the

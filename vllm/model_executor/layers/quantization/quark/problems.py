@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What can be wrong or odd with a Quark INT8 checkpoint: one registry for the engine,
 `vllm quark-check` and docs/checks.md.
 

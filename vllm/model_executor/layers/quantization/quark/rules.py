@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Which modules a Quark config quantizes, and how: Quark's own matching rules.
 
 A name is a module's in the checkpoint, or vLLM's name for the same module. Quark's

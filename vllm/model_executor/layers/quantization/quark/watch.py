@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Which tensor of a checkpoint goes into which parameter of a model.
 
 vLLM's models load their weights each in their own way. So this looks below them: at

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """INT8 on any CPU: per-token quantization and exact integer products.
 
 Not every CPU multiplies int8 exactly. Without VNNI or AMX, oneDNN uses an instruction

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What will happen to a Quark INT8 checkpoint, told from its files.
 
 plan.py says what vLLM does with every module, issues.py what is wrong with that,

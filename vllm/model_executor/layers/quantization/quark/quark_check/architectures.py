@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Which layer of vLLM takes which tensor of a checkpoint, and what it asks a config.
 
 Told by the model itself (dry_run.py), or by architectures.json, which holds what the

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What the numbers of a Quark INT8 checkpoint say: `vllm quark-check --deep`.
 
 Reads every tensor once, a few MiB at a time. Looks for what is certainly wrong (NaN,

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """One thing to know about a checkpoint: what `vllm quark-check` reports."""
 
 from collections.abc import Iterable

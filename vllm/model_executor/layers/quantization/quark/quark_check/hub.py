@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A checkpoint on Hugging Face: config, index and headers are fetched, weights not."""
 
 import re

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What is wrong with a checkpoint, and what comes of it on which vLLM.
 
 Of this fork the engine's own checks decide, or the same told from what is known of the

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """All that is known of the model that a checkpoint is for, and of what this fork makes
 of it: from the model itself where it could be asked, else from architectures.json."""
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A bound on the time and memory that a stranger's files may take.
 
 The readers bound what they can by themselves. This is for the rest, such as a regular

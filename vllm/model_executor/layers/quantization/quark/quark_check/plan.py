@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What vLLM does with every module of a checkpoint, over all layers and experts."""
 
 import re

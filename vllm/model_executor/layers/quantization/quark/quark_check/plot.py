@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A picture of how far the INT8 weights are from the float model's."""
 
 from collections import defaultdict

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The plan of a Quark INT8 checkpoint laid out otherwise, from headers alone.
 
 No number is changed: every tensor of the new checkpoint is put together from bytes of

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What the releases of vLLM know of Quark INT8: the facts of releases.toml."""
 
 import tomllib

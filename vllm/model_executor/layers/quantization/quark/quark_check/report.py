@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The report about a checkpoint: for people with rich, for machines as JSON."""
 
 import textwrap

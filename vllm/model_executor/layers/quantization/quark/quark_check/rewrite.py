@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Write a Quark INT8 checkpoint anew, laid out otherwise: `vllm quark-check --fix`.
 
 First relayout.py plans all from the headers. Then the shards are written, a few MiB at

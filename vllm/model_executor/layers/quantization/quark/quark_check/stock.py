@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """How a release of vLLM, without the fork, reads a Quark config for a layer.
 
 Told from the sources of the releases that releases.toml names, and compared with their

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The bytes and numbers of a checkpoint's tensors, a few MiB at a time."""
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The findings about a checkpoint, and what each vLLM makes of it."""
 
 from collections.abc import Iterable
