@@ -280,7 +280,7 @@ def patch_of_checks() -> str:
     """Number of the patch that brings the checks."""
     [patch] = [
         path
-        for path in (ROOT / "patches/v0.20").glob("*.patch")
+        for path in (ROOT / "patches/v0.20").rglob("*.patch")
         if f"Overlay: {CHECKS}\n" in path.read_text()
     ]
     return patch.name.partition("-")[0]

@@ -33,7 +33,7 @@ def install_without(*numbers: str) -> Path:
 def install_only(*numbers: str) -> Path:
     """Build the fork with these patches alone, likewise."""
     series = read_series(release(os.environ.get("VLLM_BASE_VERSION")).series)
-    every = [patch.name[:4] for patch in series]
+    every = [patch.number for patch in series]
     return install_without(*(number for number in every if number not in numbers))
 
 

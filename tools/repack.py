@@ -16,13 +16,13 @@ from rich.progress import track
 from wheel.wheelfile import WheelFile
 
 from tools.errors import ForkError
-from tools.series import apply_patch, touched_files
+from tools.series import Patch, apply_patch, touched_files
 from tools.upstream import BASE_NAMES, overlay_files
 
 VERSION_FILE = "vllm/_version.py"
 
 
-def patched_files(base: ZipFile, patches: Sequence[Path]) -> dict[str, bytes]:
+def patched_files(base: ZipFile, patches: Sequence[Patch]) -> dict[str, bytes]:
     """The files that the patches change, as they are afterwards. Raises ForkError."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
@@ -30,12 +30,12 @@ def patched_files(base: ZipFile, patches: Sequence[Path]) -> dict[str, bytes]:
         for name in set(names) & set(base.namelist()):
             base.extract(name, tree)
         for patch in patches:
-            apply_patch(patch, tree)
+            apply_patch(patch.path, tree)
         return {name: (tree / name).read_bytes() for name in names}
 
 
 def repack(
-    base_path: Path, patches: Sequence[Path], version: str, dist_folder: Path
+    base_path: Path, patches: Sequence[Patch], version: str, dist_folder: Path
 ) -> Path:
     """Write `dist_folder`/vllm-`version`-<tags of the base>.whl and return its path.
 
@@ -63,7 +63,7 @@ def repack(
         ) from None
 
 
-def _write(base: ZipFile, patches: Sequence[Path], version: str, path: Path) -> None:
+def _write(base: ZipFile, patches: Sequence[Patch], version: str, path: Path) -> None:
     old_info = _dist_info(base)
     new_info = f"vllm-{version}.dist-info"
     changed = patched_files(base, patches)

