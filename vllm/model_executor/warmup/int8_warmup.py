@@ -10,20 +10,23 @@ import bisect
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
+from torch import nn
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
-from vllm.model_executor.layers.fused_moe import int8_moe
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
-from vllm.model_executor.layers.fused_moe.int8_moe_configs import (
+from vllm.model_executor.layers.fused_moe.experts.quark_int8.experts import Int8Experts
+from vllm.model_executor.layers.fused_moe.experts.quark_int8.many_tokens import (
+    pairs_to_sort_at_once,
+)
+from vllm.model_executor.layers.fused_moe.experts.quark_int8.tiles import (
     Architecture,
     FewConfig,
+    Shape,
+    choose_config,
     get_architecture,
 )
 from vllm.model_executor.layers.fused_moe.router import triton_router
-from vllm.model_executor.layers.quantization.quark.quark_moe import (
-    QuarkW8A8Int8MoEMethod,
-)
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
-class Experts(NamedTuple):
+class Layer(NamedTuple):
     """What a layer's choice of kernels depends on, beside the number of tokens."""
 
     topk: int
@@ -42,7 +45,7 @@ class Experts(NamedTuple):
     dp_size: int
 
     @classmethod
-    def of(cls, moe: FusedMoEConfig) -> "Experts":
+    def of(cls, moe: FusedMoEConfig) -> "Layer":
         return cls(
             moe.experts_per_token,
             moe.num_experts,
@@ -56,47 +59,52 @@ class Experts(NamedTuple):
         """The same for numbers of tokens that need the same kernels, those of the
         router and of linear layers too."""
         # Experts see the tokens of all data-parallel ranks.
-        of_all = num_tokens * self.dp_size
-        config = int8_moe.choose(architecture, of_all, *self[:5])
+        shape = Shape(num_tokens * self.dp_size, *self[:5])
+        config = choose_config(architecture, shape)
         return (
             config,
             # With few tokens, how many programs there are.
-            of_all
+            shape.num_tokens
             if isinstance(config, FewConfig)
-            else int8_moe.pairs_to_sort_at_once(of_all * self.topk),
+            else pairs_to_sort_at_once(shape.num_pairs),
             triton_router.choose_tiles(num_tokens, self.hidden_size),
             bisect.bisect_left(int8_few_tokens.MOST_TOKENS, num_tokens),
         )
 
 
 def warmup_sizes(
-    architecture: Architecture, experts: Experts, captured: int, max_num_tokens: int
+    architecture: Architecture, layer: Layer, captured: int, max_num_tokens: int
 ) -> list[int]:
     """The first number of tokens beyond `captured` for each set of kernels, but for
     that of max_num_tokens: the profile run has had it."""
-    first = {experts.kernels(architecture, max_num_tokens): max_num_tokens}
+    first = {layer.kernels(architecture, max_num_tokens): max_num_tokens}
     for num_tokens in range(captured + 1, max_num_tokens):
-        first.setdefault(experts.kernels(architecture, num_tokens), num_tokens)
+        first.setdefault(layer.kernels(architecture, num_tokens), num_tokens)
     return sorted(set(first.values()) - {max_num_tokens})
 
 
+def has_int8_experts(module: nn.Module) -> bool:
+    """Whether this is an MoE layer whose kernel is this fork's, of whatever format."""
+    kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+    return kernel is not None and isinstance(kernel.fused_experts, Int8Experts)
+
+
 def int8_warmup(worker: "Worker") -> None:
-    """Run the worker's model for each of `warmup_sizes`, if `int8_moe` serves it.
+    """Run the worker's model for each of `warmup_sizes`, if it has INT8 experts.
 
     Before CUDA graphs are captured, which runs the model with fewer tokens.
     """
     captured = worker.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
     max_num_tokens = worker.scheduler_config.max_num_batched_tokens
     layers = {
-        Experts.of(module.moe_config)
+        Layer.of(module.moe_config)
         for module in worker.get_model().modules()
-        if isinstance(getattr(module, "quant_method", None), QuarkW8A8Int8MoEMethod)
-        and int8_moe.serves(module.moe_config)
+        if has_int8_experts(module)
     }
     sizes: set[int] = set()
-    for experts in layers:
+    for layer in layers:
         sizes.update(
-            warmup_sizes(get_architecture(), experts, max(captured), max_num_tokens)
+            warmup_sizes(get_architecture(), layer, max(captured), max_num_tokens)
         )
     for size in sorted(sizes):
         logger.info("Compiling the kernels for %s tokens.", size)

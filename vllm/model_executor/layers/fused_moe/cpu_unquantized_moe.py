@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 import vllm.envs as envs
+from vllm.model_executor.kernels.quark_int8_ops import register_op
 from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.cpu_moe_utils import (
@@ -19,7 +20,6 @@ from vllm.model_executor.layers.fused_moe.cpu_moe_utils import (
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import (
     FusedTopKRouter,
 )
-from vllm.utils.torch_utils import direct_register_custom_op
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.layer import FusedMoE
@@ -94,7 +94,7 @@ def apply(
     """
     topk_weights, topk_ids = _route(layer, x, router_logits, input_ids)
     if isinstance(experts, TorchExperts):
-        return torch.ops.vllm.cpu_unquantized_experts(
+        return torch.ops.quark_int8.cpu_unquantized_experts(
             x,
             layer.w13_weight,
             layer.w2_weight,
@@ -202,7 +202,7 @@ def _cpu_unquantized_experts_fake(hidden_states: torch.Tensor, *_) -> torch.Tens
 
 
 # A custom op: torch.compile cannot trace control flow that depends on the routing.
-direct_register_custom_op(
+register_op(
     op_name="cpu_unquantized_experts",
     op_func=cpu_unquantized_experts,
     fake_impl=_cpu_unquantized_experts_fake,

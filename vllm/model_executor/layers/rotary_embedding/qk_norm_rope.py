@@ -15,14 +15,14 @@ from vllm.model_executor.kernels.int8_triton import (
     launch,
     wait_for_inputs,
 )
+from vllm.model_executor.kernels.quark_int8_ops import register_op
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.triton_utils import tl, triton
-from vllm.utils.torch_utils import direct_register_custom_op
 
 _HEADS_A_PROGRAM, _NUM_WARPS = 16, 4
 
 
-@triton.jit(do_not_specialize=["NUM_HEADS", "NUM_KV_HEADS"])
+@triton.jit(do_not_specialize=["num_heads", "num_kv_heads"])
 def qk_norm_rope_kernel(
     qkv_ptr,
     positions_ptr,
@@ -33,14 +33,14 @@ def qk_norm_rope_kernel(
     k_ptr,
     eps,
     row_stride,
-    NUM_HEADS,
-    NUM_KV_HEADS,
-    BLOCK_H: tl.constexpr,
+    num_heads,
+    num_kv_heads,
+    BLOCK_SIZE_H: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A token's BLOCK_H heads, queries or keys, a program.
+    """A token's BLOCK_SIZE_H heads, queries or keys, a program.
 
     A head has 2 HALF columns that are rotated, column c with c + HALF, and REST that
     are not. Reads and writes 2 (NUM_HEADS + NUM_KV_HEADS) (2 HALF + REST) bytes a
@@ -49,19 +49,19 @@ def qk_norm_rope_kernel(
     """
     D: tl.constexpr = 2 * HALF + REST
     token = tl.program_id(0).to(tl.int64)
-    q_blocks = tl.cdiv(NUM_HEADS, BLOCK_H)
+    q_blocks = tl.cdiv(num_heads, BLOCK_SIZE_H)
     x_ptr = qkv_ptr + token * row_stride
     if tl.program_id(1) < q_blocks:
-        first = tl.program_id(1) * BLOCK_H
-        heads = NUM_HEADS
+        first = tl.program_id(1) * BLOCK_SIZE_H
+        heads = num_heads
         weight_ptr = q_weight_ptr
-        out_ptr = q_ptr + token * NUM_HEADS * D
+        out_ptr = q_ptr + token * num_heads * D
     else:
-        first = (tl.program_id(1) - q_blocks) * BLOCK_H
-        heads = NUM_KV_HEADS
-        x_ptr += NUM_HEADS * D
+        first = (tl.program_id(1) - q_blocks) * BLOCK_SIZE_H
+        heads = num_kv_heads
+        x_ptr += num_heads * D
         weight_ptr = k_weight_ptr
-        out_ptr = k_ptr + token * NUM_KV_HEADS * D
+        out_ptr = k_ptr + token * num_kv_heads * D
     c = tl.arange(0, HALF)
     w1 = 1.0 + tl.load(weight_ptr + c).to(tl.float32)
     w2 = 1.0 + tl.load(weight_ptr + HALF + c).to(tl.float32)
@@ -73,7 +73,7 @@ def qk_norm_rope_kernel(
     sin = tl.load(cos_sin_ptr + HALF + c).to(tl.float32)[None, :]
     wait_for_inputs(PDL)
 
-    h = first + tl.arange(0, BLOCK_H)
+    h = first + tl.arange(0, BLOCK_SIZE_H)
     mask = (h < heads)[:, None]
     offsets = h[:, None] * D + c[None, :]
     x1 = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -124,7 +124,7 @@ def queries_and_keys(
     attention: Any, positions: torch.Tensor, qkv: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`qk_norm_rope` with what a layer of Step-3.5's attention holds."""
-    return torch.ops.vllm.qk_norm_rope(
+    return torch.ops.quark_int8.qk_norm_rope(
         qkv,
         positions,
         attention.rotary_emb.cos_sin_cache,
@@ -185,7 +185,7 @@ def qk_norm_rope(
         qkv.stride(0),
         num_heads,
         num_kv_heads,
-        BLOCK_H=_HEADS_A_PROGRAM,
+        BLOCK_SIZE_H=_HEADS_A_PROGRAM,
         HALF=rotary_dim // 2,
         REST=head_dim - rotary_dim,
         num_warps=_NUM_WARPS,
@@ -217,4 +217,4 @@ def _qk_norm_rope_fake(
     return _empty_heads(qkv, num_heads, num_kv_heads)
 
 
-direct_register_custom_op("qk_norm_rope", qk_norm_rope, fake_impl=_qk_norm_rope_fake)
+register_op("qk_norm_rope", qk_norm_rope, fake_impl=_qk_norm_rope_fake)

@@ -71,7 +71,9 @@ class CPUExactInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             rows_q, row_scale = per_token_quant_int8(rows)
         else:
             rows_q, row_scale = static_per_tensor_quant_int8(rows, input_scale)
-        out = torch.ops.vllm.cpu_int8_mm(rows_q, weight) * row_scale * weight_scale
+        out = (
+            torch.ops.quark_int8.cpu_int8_mm(rows_q, weight) * row_scale * weight_scale
+        )
         if bias is not None:
             out += bias
         return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])

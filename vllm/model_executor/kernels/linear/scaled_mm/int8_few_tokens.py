@@ -28,8 +28,8 @@ from vllm.model_executor.kernels.linear.scaled_mm.cutlass import (
 from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
     Int8ScaledMMLinearLayerConfig,
 )
+from vllm.model_executor.kernels.quark_int8_ops import register_op
 from vllm.triton_utils import tl, triton
-from vllm.utils.torch_utils import direct_register_custom_op
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase
@@ -44,17 +44,17 @@ _WORDS = 16384
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a layer is cut: a program takes block_n whole rows of the weight at a time,
-    and `programs` of them on a multiprocessor take turns."""
+    """How a layer is cut: a program takes block_size_n whole rows of the weight at a
+    time, and `ctas_per_sm` of them on a multiprocessor take turns."""
 
-    block_n: int
+    block_size_n: int
     num_warps: int
-    programs: int
+    ctas_per_sm: int
 
 
 @triton.jit
-def _load_rows(w_ptr, n, k, N, words):
-    mask = (n < N)[:, None] & (k < words)[None, :]
+def _load_rows(w_ptr, n, k, size_n, words):
+    mask = (n < size_n)[:, None] & (k < words)[None, :]
     return tl.load(
         w_ptr + n.to(tl.int64)[:, None] * words + k[None, :], mask=mask, other=0
     )
@@ -69,11 +69,11 @@ def int8_linear_kernel(
     w_scale_ptr,
     bias_ptr,
     out_ptr,
-    N,
-    K,
+    size_n,
+    size_k,
     HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr,
+    BLOCK_SIZE_K: tl.constexpr,
     STATIC: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -85,44 +85,44 @@ def int8_linear_kernel(
     With HEAD_DIM, a multiple of 4, the columns of each head are multiplied before with
     the sigmoid of its gate [M, K / HEAD_DIM].
 
-    A program has one token and takes blocks of BLOCK_N rows in turn. It asks for its
-    next block while it multiplies one, and for the first before the kernel before has
-    ended: weights need nothing of it. x and w are read as whole words of four int8,
-    which BLOCK_K >= K / 4 counts.
+    A program has one token and takes blocks of BLOCK_SIZE_N rows in turn. It asks for
+    its next block while it multiplies one, and for the first before the kernel before
+    has ended: weights need nothing of it. x and w are read as whole words of four int8,
+    which BLOCK_SIZE_K >= K / 4 counts.
 
     Reads N K bytes a token, from L2 but for the first token, and 2 K bytes a program;
     writes 2 N bytes. 2 N K operations a token.
     """
     token = tl.program_id(1).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    words = K // 4
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w = _load_rows(w_ptr, n, k, N, words)
+    k = tl.arange(0, BLOCK_SIZE_K)
+    words = size_k // 4
+    n = tl.program_id(0) * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
+    w = _load_rows(w_ptr, n, k, size_n, words)
     wait_for_inputs(PDL)
-    x_offsets = token * K + k[:, None] * 4 + tl.arange(0, 4)[None, :]
+    x_offsets = token * size_k + k[:, None] * 4 + tl.arange(0, 4)[None, :]
     x = tl.load(x_ptr + x_offsets, mask=(k < words)[:, None], other=0.0).to(tl.float32)
     if HEAD_DIM:
         head = k * 4 // HEAD_DIM
         gate = tl.load(
-            gate_ptr + token * (K // HEAD_DIM) + head, mask=k < words, other=0.0
+            gate_ptr + token * (size_k // HEAD_DIM) + head, mask=k < words, other=0.0
         )
         x *= tl.sigmoid(gate.to(tl.float32))[:, None]
     xq, x_scale = quantize_token(x, x_static_scale_ptr, STATIC)
-    xq = tl.broadcast_to(xq[None, :], (BLOCK_N, BLOCK_K))
-    zeros = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
-    step = tl.num_programs(0) * BLOCK_N
-    for _ in range(tl.program_id(0) * BLOCK_N, N, step):
-        following = _load_rows(w_ptr, n + step, k, N, words)
+    xq = tl.broadcast_to(xq[None, :], (BLOCK_SIZE_N, BLOCK_SIZE_K))
+    zeros = tl.zeros((BLOCK_SIZE_N, BLOCK_SIZE_K), tl.int32)
+    step = tl.num_programs(0) * BLOCK_SIZE_N
+    for _ in range(tl.program_id(0) * BLOCK_SIZE_N, size_n, step):
+        following = _load_rows(w_ptr, n + step, k, size_n, words)
         out = tl.sum(dot4(w, xq, zeros, DOT4), axis=1).to(tl.float32)
         if PER_CHANNEL:
-            out *= tl.load(w_scale_ptr + n, mask=n < N, other=0.0)
+            out *= tl.load(w_scale_ptr + n, mask=n < size_n, other=0.0)
         else:
             out *= tl.load(w_scale_ptr)
         out *= x_scale
         if HAS_BIAS:
-            out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+            out += tl.load(bias_ptr + n, mask=n < size_n, other=0.0).to(tl.float32)
         out = out.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + token * N + n, out, mask=n < N)
+        tl.store(out_ptr + token * size_n + n, out, mask=n < size_n)
         w = following
         n += step
 
@@ -134,28 +134,30 @@ def gate_and_quantize_kernel(
     gate_ptr,
     xq_ptr,
     scale_ptr,
-    K,
+    size_k,
     HEAD_DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_SIZE_K: tl.constexpr,
     STATIC: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x [M, K] times the sigmoid of its heads' gate [M, K / HEAD_DIM], quantized.
 
     To xq [M, K] int8 and, unless STATIC, scale [M] float32. A program has a token;
-    BLOCK_K >= K / 4 words of four. Moves 3 K bytes a token.
+    BLOCK_SIZE_K >= K / 4 words of four. Moves 3 K bytes a token.
     """
     token = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    mask = k < K // 4  # in this form Triton sees that four words are stored at once
+    k = tl.arange(0, BLOCK_SIZE_K)
+    mask = (
+        k < size_k // 4
+    )  # in this form Triton sees that four words are stored at once
     offsets = k[:, None] * 4 + tl.arange(0, 4)[None, :]
     wait_for_inputs(PDL)
-    x = tl.load(x_ptr + token * K + offsets, mask=mask[:, None], other=0.0)
-    gate_row = gate_ptr + token * (K // HEAD_DIM)
+    x = tl.load(x_ptr + token * size_k + offsets, mask=mask[:, None], other=0.0)
+    gate_row = gate_ptr + token * (size_k // HEAD_DIM)
     gate = tl.load(gate_row + k * 4 // HEAD_DIM, mask=mask, other=0.0)
     x = x.to(tl.float32) * tl.sigmoid(gate.to(tl.float32))[:, None]
     words, scale = quantize_token(x, x_static_scale_ptr, STATIC)
-    tl.store(xq_ptr + token * (K // 4) + k, words, mask=mask)
+    tl.store(xq_ptr + token * (size_k // 4) + k, words, mask=mask)
     if not STATIC:
         tl.store(scale_ptr + token, scale)
 
@@ -187,8 +189,8 @@ def run_int8_linear(
     num_tokens, num_columns = x.shape
     num_rows = weight.shape[0]
     out = x.new_empty(num_tokens, num_rows)
-    most = tiles.programs * num_sms(x) // num_tokens
-    programs = min(triton.cdiv(num_rows, tiles.block_n), max(1, most))
+    most = tiles.ctas_per_sm * num_sms(x) // num_tokens
+    programs = min(triton.cdiv(num_rows, tiles.block_size_n), max(1, most))
     launch(
         int8_linear_kernel,
         (programs, num_tokens),
@@ -203,8 +205,8 @@ def run_int8_linear(
         num_rows,
         num_columns,
         HEAD_DIM=0 if gate is None else num_columns // gate.shape[1],
-        BLOCK_N=tiles.block_n,
-        BLOCK_K=triton.next_power_of_2(num_columns) // 4,
+        BLOCK_SIZE_N=tiles.block_size_n,
+        BLOCK_SIZE_K=triton.next_power_of_2(num_columns) // 4,
         STATIC=input_scale is not None,
         PER_CHANNEL=weight_scale.numel() != 1,
         HAS_BIAS=bias is not None,
@@ -233,7 +235,7 @@ def run_gate_and_quantize(
         scale,
         num_columns,
         HEAD_DIM=num_columns // gate.shape[1],
-        BLOCK_K=triton.next_power_of_2(num_columns) // 4,
+        BLOCK_SIZE_K=triton.next_power_of_2(num_columns) // 4,
         STATIC=input_scale is not None,
         num_warps=8,
     )
@@ -288,7 +290,7 @@ def _int8_linear_fake(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.T
     return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
-direct_register_custom_op("int8_linear", int8_linear, fake_impl=_int8_linear_fake)
+register_op("int8_linear", int8_linear, fake_impl=_int8_linear_fake)
 
 
 class FewTokensInt8ScaledMMLinearKernel(CutlassInt8ScaledMMLinearKernel):
@@ -320,4 +322,16 @@ class FewTokensInt8ScaledMMLinearKernel(CutlassInt8ScaledMMLinearKernel):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         weight, weight_scale, input_scale, _, _ = self._get_layer_params(layer)
-        return torch.ops.vllm.int8_linear(x, weight, weight_scale, input_scale, bias)
+        return torch.ops.quark_int8.int8_linear(
+            x, weight, weight_scale, input_scale, bias
+        )
+
+
+def few_tokens_kernel() -> type[FewTokensInt8ScaledMMLinearKernel] | None:
+    """The kernel for Quark's layers to force, None where it does not serve.
+
+    It stands in no list of upstream's: layers of other formats keep their kernel, whose
+    quantization rounds halves otherwise.
+    """
+    supported, _ = FewTokensInt8ScaledMMLinearKernel.is_supported()
+    return FewTokensInt8ScaledMMLinearKernel if supported else None

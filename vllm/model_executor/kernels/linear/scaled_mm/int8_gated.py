@@ -38,7 +38,9 @@ def gated_linear(
     heads]. Upstream rounds what it gates to the dtype of x; this rounds nothing."""
     kernel: FewTokensInt8ScaledMMLinearKernel = layer.scheme.kernel
     weight, weight_scale, input_scale, _, _ = kernel._get_layer_params(layer)
-    out = torch.ops.vllm.int8_linear(x, weight, weight_scale, input_scale, None, gate)
+    out = torch.ops.quark_int8.int8_linear(
+        x, weight, weight_scale, input_scale, None, gate
+    )
     if layer.reduce_results and layer.tp_size > 1:
         out = tensor_model_parallel_all_reduce(out)
     return out

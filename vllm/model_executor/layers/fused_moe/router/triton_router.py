@@ -17,8 +17,8 @@ from vllm.model_executor.kernels.int8_triton import (
     launch,
     wait_for_inputs,
 )
+from vllm.model_executor.kernels.quark_int8_ops import register_op
 from vllm.triton_utils import tl, triton
-from vllm.utils.torch_utils import direct_register_custom_op
 
 # Numbers of experts that are no power of two, but known to upstream's fast kernel.
 _KNOWN_TO_UPSTREAM = (192, 320, 384, 448, 576)
@@ -32,8 +32,8 @@ _SPLIT_BLOCK = 2048
 class FewTiles:
     """How the product of few tokens is cut: whole rows, of the weight and of tokens."""
 
-    block_m: int
-    block_e: int
+    block_size_m: int
+    block_size_e: int
     num_warps: int
 
 
@@ -41,42 +41,50 @@ class FewTiles:
 class Tiles:
     """How the product of many tokens is cut, for tensor cores."""
 
-    block_m: int
-    block_e: int
-    block_k: int
+    block_size_m: int
+    block_size_e: int
+    block_size_k: int
     num_warps: int
     num_stages: int
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def router_few_kernel(
     x_ptr,
     w_ptr,
     out_ptr,
-    M,
-    E,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    num_tokens,
+    num_experts,
+    size_k,
+    BLOCK_SIZE_M: tl.constexpr,
+    BLOCK_SIZE_E: tl.constexpr,
+    BLOCK_SIZE_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x [M, K] times w [E, K] float32, to out [M, E] float32; BLOCK_K >= K.
+    """x [M, K] times w [E, K] float32, to out [M, E] float32; BLOCK_SIZE_K >= K.
 
-    Reads K (4 E M / BLOCK_M + 2 M E / BLOCK_E) bytes, of which 4 E K from memory. The
-    weight is on its way before the kernel before has ended.
+    Reads K (4 E M / BLOCK_SIZE_M + 2 M E / BLOCK_SIZE_E) bytes, of which 4 E K from
+    memory. The weight is on its way before the kernel before has ended.
     """
-    m = tl.program_id(1) * BLOCK_M
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    k = tl.arange(0, BLOCK_K)
-    mask = (e < E)[:, None] & (k < K)[None, :]
-    w = tl.load(w_ptr + e[:, None] * K + k[None, :], mask=mask, other=0.0)
+    m = tl.program_id(1) * BLOCK_SIZE_M
+    e = tl.program_id(0) * BLOCK_SIZE_E + tl.arange(0, BLOCK_SIZE_E)
+    k = tl.arange(0, BLOCK_SIZE_K)
+    mask = (e < num_experts)[:, None] & (k < size_k)[None, :]
+    w = tl.load(w_ptr + e[:, None] * size_k + k[None, :], mask=mask, other=0.0)
     wait_for_inputs(PDL)
-    for i in tl.static_range(BLOCK_M):
+    for i in tl.static_range(BLOCK_SIZE_M):
         token = (m + i).to(tl.int64)
-        x = tl.load(x_ptr + token * K + k, mask=(k < K) & (m + i < M), other=0.0)
+        x = tl.load(
+            x_ptr + token * size_k + k,
+            mask=(k < size_k) & (m + i < num_tokens),
+            other=0.0,
+        )
         sums = tl.sum(w * x.to(tl.float32)[None, :], axis=1)
-        tl.store(out_ptr + token * E + e, sums, mask=(e < E) & (m + i < M))
+        tl.store(
+            out_ptr + token * num_experts + e,
+            sums,
+            mask=(e < num_experts) & (m + i < num_tokens),
+        )
 
 
 @triton.jit
@@ -97,17 +105,17 @@ def split_weight_kernel(w_ptr, parts_ptr, SIZE, BLOCK: tl.constexpr, PDL: tl.con
     tl.store(parts_ptr + 2 * SIZE + i, low, mask=i < SIZE)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def router_kernel(
     x_ptr,
     parts_ptr,
     out_ptr,
-    M,
-    E,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    num_tokens,
+    num_experts,
+    size_k,
+    BLOCK_SIZE_M: tl.constexpr,
+    BLOCK_SIZE_E: tl.constexpr,
+    BLOCK_SIZE_K: tl.constexpr,
     OPERAND: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -116,30 +124,42 @@ def router_kernel(
     The weight comes as parts [3, E, K], of `split_weight_kernel`, whose products with x
     are exact in float32. Tensor cores cut bits off when they add up: they do so for one
     step of K alone, smallest parts first; steps are added as any float32. 6 M E K
-    operations; reads K (2 M E / BLOCK_E + 6 E M / BLOCK_M) bytes, mostly from L2.
-    OPERAND is bfloat16, but float32 in the interpreter, which does not multiply it.
+    operations; reads K (2 M E / BLOCK_SIZE_E + 6 E M / BLOCK_SIZE_M) bytes, mostly from
+    L2. OPERAND is bfloat16, but float32 in the interpreter, which does not multiply it.
     """
-    num_e = tl.cdiv(E, BLOCK_E)
-    m = tl.program_id(0) // num_e * BLOCK_M + tl.arange(0, BLOCK_M)
-    e = tl.program_id(0) % num_e * BLOCK_E + tl.arange(0, BLOCK_E)
-    k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K + k[None, :]
-    high_ptrs = parts_ptr + tl.minimum(e, E - 1)[:, None] * K + k[None, :]
-    sums = tl.zeros((BLOCK_E, BLOCK_M), tl.float32)
+    num_e = tl.cdiv(num_experts, BLOCK_SIZE_E)
+    m = tl.program_id(0) // num_e * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
+    e = tl.program_id(0) % num_e * BLOCK_SIZE_E + tl.arange(0, BLOCK_SIZE_E)
+    k = tl.arange(0, BLOCK_SIZE_K)
+    x_ptrs = (
+        x_ptr
+        + tl.minimum(m, num_tokens - 1).to(tl.int64)[:, None] * size_k
+        + k[None, :]
+    )
+    high_ptrs = (
+        parts_ptr + tl.minimum(e, num_experts - 1)[:, None] * size_k + k[None, :]
+    )
+    sums = tl.zeros((BLOCK_SIZE_E, BLOCK_SIZE_M), tl.float32)
     wait_for_inputs(PDL)
-    for k0 in range(0, K, BLOCK_K):
-        in_k = (k < K - k0)[None, :]
+    for k0 in range(0, size_k, BLOCK_SIZE_K):
+        in_k = (k < size_k - k0)[None, :]
         x = tl.load(x_ptrs, mask=in_k, other=0.0).to(OPERAND).T
         high = tl.load(high_ptrs, mask=in_k, other=0.0).to(OPERAND)
-        middle = tl.load(high_ptrs + E * K, mask=in_k, other=0.0).to(OPERAND)
-        low = tl.load(high_ptrs + 2 * E * K, mask=in_k, other=0.0).to(OPERAND)
+        middle = tl.load(high_ptrs + num_experts * size_k, mask=in_k, other=0.0).to(
+            OPERAND
+        )
+        low = tl.load(high_ptrs + 2 * num_experts * size_k, mask=in_k, other=0.0).to(
+            OPERAND
+        )
         step = tl.dot(low, x)
         step = tl.dot(middle, x, step)
         sums += tl.dot(high, x, step)
-        x_ptrs += BLOCK_K
-        high_ptrs += BLOCK_K
-    out_ptrs = out_ptr + m.to(tl.int64)[None, :] * E + e[:, None]
-    tl.store(out_ptrs, sums, mask=(m < M)[None, :] & (e < E)[:, None])
+        x_ptrs += BLOCK_SIZE_K
+        high_ptrs += BLOCK_SIZE_K
+    out_ptrs = out_ptr + m.to(tl.int64)[None, :] * num_experts + e[:, None]
+    tl.store(
+        out_ptrs, sums, mask=(m < num_tokens)[None, :] & (e < num_experts)[:, None]
+    )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -150,33 +170,35 @@ def topk_sigmoid_kernel(
     gating_output_ptr,
     bias_ptr,
     num_tokens,
-    E,
+    num_experts,
     topk,
     TOPK: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_SIZE_E: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """What upstream's operator of this name does, a token a program.
 
-    TOPK >= topk and BLOCK_E >= E. Moves 4 E + 12 topk bytes a token.
+    TOPK >= topk and BLOCK_SIZE_E >= E. Moves 4 E + 12 topk bytes a token.
     """
     token = tl.program_id(0)
-    e = tl.arange(0, BLOCK_E)
+    e = tl.arange(0, BLOCK_SIZE_E)
     j = tl.arange(0, TOPK)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + e, mask=e < num_experts, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
     logits = tl.load(
-        gating_output_ptr + token.to(tl.int64) * E + e, mask=e < E, other=0.0
+        gating_output_ptr + token.to(tl.int64) * num_experts + e,
+        mask=e < num_experts,
+        other=0.0,
     ).to(tl.float32)
     scores = 1.0 / (1.0 + tl.exp(-logits))
     choice = scores
     if HAS_BIAS:
         choice += bias
     # NaN compares with nothing: it would let what is beyond E win.
-    choice = tl.where((e < E) & (choice == choice), choice, float("-inf"))
+    choice = tl.where((e < num_experts) & (choice == choice), choice, float("-inf"))
     weights = tl.zeros((TOPK,), tl.float32)
     ids = tl.zeros((TOPK,), tl.int32)
     for i in range(0, topk):
@@ -238,14 +260,14 @@ def run_product(
     num_tokens, hidden_size = x.shape
     num_experts = weight.shape[0]
     out = x.new_empty((num_tokens, num_experts), dtype=torch.float32)
-    blocks = triton.cdiv(num_tokens, tiles.block_m)
-    expert_blocks = triton.cdiv(num_experts, tiles.block_e)
+    blocks = triton.cdiv(num_tokens, tiles.block_size_m)
+    expert_blocks = triton.cdiv(num_experts, tiles.block_size_e)
     kernel: Any
     grid: tuple[int, ...]
     options: dict[str, Any]
     if isinstance(tiles, FewTiles):
         kernel, grid = router_few_kernel, (expert_blocks, blocks)
-        options = dict(BLOCK_K=triton.next_power_of_2(hidden_size))
+        options = dict(BLOCK_SIZE_K=triton.next_power_of_2(hidden_size))
     else:
         parts = x.new_empty((3, num_experts, hidden_size), dtype=torch.bfloat16)
         launch(
@@ -261,7 +283,7 @@ def run_product(
         weight = parts
         kernel, grid = router_kernel, (blocks * expert_blocks,)
         options = dict(
-            BLOCK_K=tiles.block_k,
+            BLOCK_SIZE_K=tiles.block_size_k,
             OPERAND=tl.bfloat16 if x.is_cuda else tl.float32,
             num_stages=tiles.num_stages,
         )
@@ -275,8 +297,8 @@ def run_product(
         num_tokens,
         num_experts,
         hidden_size,
-        BLOCK_M=tiles.block_m,
-        BLOCK_E=tiles.block_e,
+        BLOCK_SIZE_M=tiles.block_size_m,
+        BLOCK_SIZE_E=tiles.block_size_e,
         num_warps=tiles.num_warps,
         **options,
     )
@@ -341,7 +363,7 @@ def topk_sigmoid(
         num_experts,
         topk,
         TOPK=triton.next_power_of_2(topk),
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_SIZE_E=triton.next_power_of_2(num_experts),
         HAS_BIAS=e_score_correction_bias is not None,
         RENORMALIZE=renormalize,
         num_warps=1,
@@ -363,8 +385,8 @@ def _topk_sigmoid_fake(
     pass
 
 
-direct_register_custom_op("router_logits", router_logits, fake_impl=_router_logits_fake)
-direct_register_custom_op(
+register_op("router_logits", router_logits, fake_impl=_router_logits_fake)
+register_op(
     "topk_sigmoid",
     topk_sigmoid,
     mutates_args=["topk_weights", "topk_ids", "token_expert_indices"],

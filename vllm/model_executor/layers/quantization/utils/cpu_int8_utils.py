@@ -10,7 +10,7 @@ products here are exact everywhere; `has_exact_int8_dot` says how they are compu
 import functools
 
 import torch
-from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.model_executor.kernels.quark_int8_ops import register_op
 
 # float32 holds every integer up to 2**24, so the sum of this many products of two
 # int8 values is exact in it, in any order.
@@ -81,7 +81,7 @@ def static_per_tensor_quant_int8(
 
 
 def int8_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The exact product `a @ b.T`; `torch.ops.vllm.cpu_int8_mm` where compiled.
+    """The exact product `a @ b.T`; `torch.ops.quark_int8.cpu_int8_mm` where compiled.
 
     Args:
         a: [M, K] int8, K below 2**17.
@@ -114,7 +114,7 @@ def _int8_mm_fake(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 # torch.compile would unroll the loops.
-direct_register_custom_op(
+register_op(
     op_name="cpu_int8_mm",
     op_func=int8_mm,
     fake_impl=_int8_mm_fake,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Tiles of the INT8 fused MoE: a table of choices by device and shape.
+"""Tiles of the INT8 (W8A8) fused MoE: a table of choices by device and shape.
 
 The choices for Hopper were measured on an H100, those of Gluon's kernels on an H200;
 those for other devices follow from their limits and were compiled but not run:
-docs/int8-moe.md.
+docs/int8-moe.md. They are used there with `--moe-backend quark_int8` alone.
 """
 
 import functools
@@ -17,34 +17,55 @@ Architecture = Literal["hopper", "cuda", "rocm"]
 
 
 @dataclass(frozen=True)
-class Product:
-    """How one of the two grouped products is tiled, beside the layer's block_m.
+class Shape:
+    """What the tiles of a layer depend on.
 
-    A tile holds block_w rows of the weight, of which w13 needs two for a column of the
-    intermediate, and block_k numbers of each at a time.
+    num_ids counts the experts of all ranks, num_experts those of this rank, and
+    intermediate_size this rank's columns of an expert.
     """
 
-    block_w: int
-    block_k: int = 128
+    num_tokens: int
+    topk: int
+    num_ids: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    @property
+    def num_pairs(self) -> int:
+        """A pair is a token and one of its experts."""
+        return self.num_tokens * self.topk
+
+
+@dataclass(frozen=True)
+class Product:
+    """How one of the two grouped products is tiled, beside the layer's block_size_m.
+
+    A tile holds block_size_w rows of the weight, of which w13 needs two for a column of
+    the intermediate, and block_size_k numbers of each at a time.
+    """
+
+    block_size_w: int
+    block_size_k: int = 128
     num_warps: int = 4
     num_stages: int = 3
-    swap: bool = False  # weights fill the tensor core's rows, pairs its columns
-    tma_w: bool = False  # read weights through tensor maps
-    tma_a: bool = False  # read pairs through tensor maps; w2 alone
-    # Blocks of block_w rows that a program takes in turn, in place of steps over K; w2
-    # alone, of experts no wider than block_k. 0: steps over K.
+    swap_ab: bool = False  # weights fill the tensor core's rows, pairs its columns
+    tma_w: bool = False  # read weights through TMA descriptors
+    tma_a: bool = False  # read pairs through them; w2 alone
+    # Blocks of block_size_w rows that a program takes in turn, in place of steps over
+    # K; w2 alone, of experts no wider than block_size_k. 0: steps over K.
     blocks: int = 0
-    # The kernels of int8_moe_hopper.py, with num_stages buffers; `programs` of them
-    # share a multiprocessor.
-    hopper: bool = False
-    programs: int = 1
+    # The kernels of hopper_kernels.py, with num_stages buffers: programs stay and take
+    # tiles in turn, `ctas_per_sm` of them on a multiprocessor.
+    persistent: bool = False
+    ctas_per_sm: int = 1
 
 
 @dataclass(frozen=True)
 class Config:
-    """The tiles of a layer: block_m pairs of one expert, in both products alike."""
+    """The tiles of a layer: block_size_m pairs of one expert, in both products."""
 
-    block_m: int
+    block_size_m: int
     w13: Product
     w2: Product
     pdl: bool = False  # launch each kernel while the one before ends
@@ -54,23 +75,23 @@ class Config:
 class FewConfig:
     """The path for a few tokens.
 
-    A program multiplies block_n columns by whole rows at a time; `programs` of them on
-    a multiprocessor take turns, as many as there are columns where that is 0.
+    A program multiplies block_size_n columns by whole rows at a time; `ctas_per_sm` of
+    them on a multiprocessor take turns, as many as there are columns where that is 0.
     """
 
-    w13_block_n: int
+    w13_block_size_n: int
     w13_num_warps: int
     w13_stages: int
-    w13_programs: int
-    w2_block_n: int
+    w13_ctas_per_sm: int
+    w2_block_size_n: int
     w2_num_warps: int
     w2_stages: int
-    w2_programs: int
+    w2_ctas_per_sm: int
     pdl: bool = False
 
 
-def _same(block_m: int, product: Product) -> Config:
-    return Config(block_m, product, product)
+def _same(block_size_m: int, product: Product) -> Config:
+    return Config(block_size_m, product, product)
 
 
 # The most pairs for each expert, on average, and the tiles up to there. Up to 80 the
@@ -79,7 +100,7 @@ def _same(block_m: int, product: Product) -> Config:
 # tile is as large as the accumulators in registers allow: with _HOPPER_MANY, whose
 # kernels take the host longer to launch, which shows up to _HOPPER_FEWER columns of
 # all pairs of a rank.
-_THIN = Product(64, 256, 4, 4, swap=True, tma_w=True)
+_THIN = Product(64, 256, 4, 4, swap_ab=True, tma_w=True)
 _WIDE = Product(128, 128, 4, 3, tma_w=True, tma_a=True)
 _HOPPER = (
     (8, Config(16, _THIN, replace(_THIN, num_stages=3), pdl=True)),
@@ -93,29 +114,31 @@ _HOPPER = (
             pdl=True,
         ),
     ),
-    (80, Config(64, replace(_THIN, block_w=128, num_stages=3), _WIDE, pdl=True)),
+    (80, Config(64, replace(_THIN, block_size_w=128, num_stages=3), _WIDE, pdl=True)),
     (float("inf"), Config(128, Product(128, 128, 4, 3, tma_w=True), _WIDE, pdl=True)),
 )
 _HOPPER_FEWER = 8192 * 1280
-_MANY_W13 = Product(256, 128, 8, 4, tma_w=True, hopper=True)
-_MANY_W2 = Product(128, 128, 4, 3, tma_w=True, tma_a=True, hopper=True, programs=2)
+_MANY_W13 = Product(256, 128, 8, 4, tma_w=True, persistent=True)
+_MANY_W2 = Product(
+    128, 128, 4, 3, tma_w=True, tma_a=True, persistent=True, ctas_per_sm=2
+)
 _HOPPER_MANY = (
     *_HOPPER[:-1],
     (512, Config(128, _MANY_W13, _MANY_W2, pdl=True)),
     (float("inf"), Config(128, _MANY_W13, _MANY_W2)),
 )
 # Experts of 256 columns or fewer: w2 has but one step.
-_NARROW_W2 = Product(128, 256, 4, 3, swap=True, tma_w=True, blocks=4)
+_NARROW_W2 = Product(128, 256, 4, 3, swap_ab=True, tma_w=True, blocks=4)
 _NARROW_WIDE_W2 = Product(64, 256, 4, 4, tma_w=True, blocks=16)
 _HOPPER_NARROW = (
     (8, Config(16, _THIN, _NARROW_W2, pdl=True)),
     (32, Config(32, _THIN, _NARROW_W2, pdl=True)),
-    (80, Config(64, replace(_THIN, block_w=128, num_stages=3), _NARROW_WIDE_W2)),
+    (80, Config(64, replace(_THIN, block_size_w=128, num_stages=3), _NARROW_WIDE_W2)),
     (float("inf"), Config(128, Product(128, 128, 4, 3, tma_w=True), _NARROW_WIDE_W2)),
 )
 # 99 KiB of shared memory (compute capability 8.6 and 8.9) must hold num_stages tiles.
 _CUDA = (
-    (8, _same(16, Product(64, 128, 4, 4, swap=True))),
+    (8, _same(16, Product(64, 128, 4, 4, swap_ab=True))),
     (80, _same(64, Product(128, 64, 4, 4))),
     (float("inf"), _same(128, Product(128, 64, 8, 4))),
 )
@@ -146,57 +169,49 @@ def get_architecture() -> Architecture:
     return "cuda"
 
 
-def choose_config(
-    architecture: Architecture,
-    num_pairs: int,
-    num_ids: int,
-    num_experts: int,
-    intermediate_size: int,
-) -> Config:
-    """The tiles for num_pairs pairs spread over num_ids experts, of all ranks;
-    num_experts of them are this rank's."""
+def choose_config(architecture: Architecture, shape: Shape) -> Config | FewConfig:
+    """The tiles of a layer for a number of tokens."""
+    few = _choose_few(architecture, shape)
+    if few is not None:
+        return few
     table = _TABLES[architecture]
-    per_expert = num_pairs / num_ids
+    pairs_per_expert = shape.num_pairs / shape.num_ids
     if architecture == "hopper":
-        if intermediate_size <= 256:
+        width = shape.intermediate_size
+        if width <= 256:
             table = _HOPPER_NARROW
-        elif per_expert * num_experts * intermediate_size > _HOPPER_FEWER:
+        elif pairs_per_expert * shape.num_experts * width > _HOPPER_FEWER:
             table = _HOPPER_MANY
-    return next(c for most, c in table if per_expert <= most)
+    return next(config for most, config in table if pairs_per_expert <= most)
 
 
-def choose_few_config(
-    architecture: Architecture,
-    num_tokens: int,
-    topk: int,
-    num_ids: int,
-    intermediate_size: int,
-    hidden_size: int,
-) -> FewConfig | None:
+def _choose_few(architecture: Architecture, shape: Shape) -> FewConfig | None:
     """How to take the path for a few tokens, None to take the other one."""
-    w13_words = _next_power_of_2(hidden_size // 4)
-    w2_words = _next_power_of_2(intermediate_size // 4) * _next_power_of_2(topk)
-    is_large = 3 * intermediate_size * hidden_size > _LARGE_EXPERT
+    num_tokens, width = shape.num_tokens, shape.intermediate_size
+    w13_words = _next_power_of_2(shape.hidden_size // 4)
+    w2_words = _next_power_of_2(width // 4) * _next_power_of_2(shape.topk)
+    is_large = 3 * width * shape.hidden_size > _LARGE_EXPERT
     if (
         num_tokens > (_FEW_TOKENS // 2 if is_large else _FEW_TOKENS)
-        or num_tokens * topk * 2 >= num_ids
+        or shape.num_pairs * 2 >= shape.num_ids
         or w13_words > 4096
         or w2_words > _FEW_WORDS
     ):
         return None
-    w2_block_n = min(_FEW_WORDS // w2_words, 16)
+    w2_block_size_n = min(_FEW_WORDS // w2_words, 16)
     if architecture != "hopper":
-        return FewConfig(min(4096 // w13_words, 16), 4, 1, 0, w2_block_n, 8, 1, 0)
+        w13_block_size_n = min(4096 // w13_words, 16)
+        return FewConfig(w13_block_size_n, 4, 1, 0, w2_block_size_n, 8, 1, 0)
     if num_tokens <= 2:
         w13 = min(max(2048 // w13_words, 1), 16), 4, 2, 3
     else:
         w13 = min(4096 // w13_words, 16), 4, 3, 3
-    if intermediate_size <= 256:
-        w2 = max(w2_block_n // 2, 1), 4, 2, 4
+    if width <= 256:
+        w2 = max(w2_block_size_n // 2, 1), 4, 2, 4
     elif num_tokens <= 2:
-        w2 = w2_block_n, 4, 3, 1
+        w2 = w2_block_size_n, 4, 3, 1
     else:
-        w2 = max(w2_block_n // 2, 1), 4, 3, 2
+        w2 = max(w2_block_size_n // 2, 1), 4, 3, 2
     return FewConfig(*w13, *w2, pdl=True)
 
 

@@ -10,7 +10,7 @@ on its way. Programs stay and take tiles in turn, so that the copies for the nex
 run while results are written.
 
 Tiles, arguments and results are those of `w13_kernel` and `w2_kernel` in
-int8_moe_kernels.py, to the bit.
+product_kernels.py, to the bit.
 """
 
 import functools
@@ -38,15 +38,17 @@ COPY_REGISTERS = gl.constexpr(24)
 
 
 @functools.cache
-def _layout(block_rows: int, block_k: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([block_rows, block_k], gl.int8)
+def _layout(block_rows: int, block_size_k: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([block_rows, block_size_k], gl.int8)
 
 
-def boxes(matrix: torch.Tensor, block_rows: int, block_k: int) -> TensorDescriptor:
-    """A tensor map of an int8 matrix, in boxes of block_rows by block_k as the kernels
-    want them in shared memory."""
-    layout = _layout(block_rows, block_k)
-    return TensorDescriptor.from_tensor(matrix, [block_rows, block_k], layout)
+def make_tma_descriptor(
+    matrix: torch.Tensor, block_rows: int, block_size_k: int
+) -> TensorDescriptor:
+    """Of an int8 matrix, in boxes of block_rows by block_size_k as the kernels want
+    them in shared memory."""
+    layout = _layout(block_rows, block_size_k)
+    return TensorDescriptor.from_tensor(matrix, [block_rows, block_size_k], layout)
 
 
 @gluon.jit
@@ -59,9 +61,9 @@ def _wait_for_inputs(PDL: gl.constexpr):
 
 @gluon.jit
 def _buffers(
-    BLOCK_M: gl.constexpr,
-    BLOCK_W: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    BLOCK_SIZE_M: gl.constexpr,
+    BLOCK_SIZE_W: gl.constexpr,
+    BLOCK_SIZE_K: gl.constexpr,
     STAGES: gl.constexpr,
     ARRIVALS: gl.constexpr,
 ):
@@ -70,10 +72,10 @@ def _buffers(
     ARRIVALS make a buffer full, beside the bytes that they announce.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [BLOCK_M, BLOCK_K], gl.int8
+        [BLOCK_SIZE_M, BLOCK_SIZE_K], gl.int8
     )
-    a = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, BLOCK_K], layout)
-    w = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_W, BLOCK_K], layout)
+    a = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_SIZE_M, BLOCK_SIZE_K], layout)
+    w = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_SIZE_W, BLOCK_SIZE_K], layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -96,20 +98,23 @@ def _multiply(
     full,
     free,
     step,
-    K,
-    BLOCK_M: gl.constexpr,
-    BLOCK_W: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    size_k,
+    BLOCK_SIZE_M: gl.constexpr,
+    BLOCK_SIZE_W: gl.constexpr,
+    BLOCK_SIZE_K: gl.constexpr,
     STAGES: gl.constexpr,
     NUM_WARPS: gl.constexpr,
     GATHERED: gl.constexpr,
 ):
-    """The next tile's sums, [BLOCK_M, BLOCK_W] int32, and the number of steps so far.
+    """The next tile's sums, [BLOCK_SIZE_M, BLOCK_SIZE_W] int32, and the number of steps
+    so far.
 
     A buffer is free again when the product that reads it has ended, one step later.
     """
-    sums = gl.zeros([BLOCK_M, BLOCK_W], gl.int32, _sums_layout(BLOCK_W, NUM_WARPS))
-    for k in range(0, K, BLOCK_K):
+    sums = gl.zeros(
+        [BLOCK_SIZE_M, BLOCK_SIZE_W], gl.int32, _sums_layout(BLOCK_SIZE_W, NUM_WARPS)
+    )
+    for k in range(0, size_k, BLOCK_SIZE_K):
         buffer = step % STAGES
         mbarrier.wait(full.index(buffer), step // STAGES & 1)
         if GATHERED:
@@ -135,11 +140,11 @@ def _pairs_of(
     tile,
     sorted_pairs_ptr,
     num_pairs,
-    BLOCK_M: gl.constexpr,
-    layout: gl.constexpr,
+    BLOCK_SIZE_M: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):
-    """A tile's rows and pairs, [BLOCK_M], as the first dimension of a layout."""
-    rows = tile * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    """A tile's rows and pairs, [BLOCK_SIZE_M], as the first dimension of LAYOUT."""
+    rows = tile * BLOCK_SIZE_M + gl.arange(0, BLOCK_SIZE_M, gl.SliceLayout(1, LAYOUT))
     pairs = gl.load(sorted_pairs_ptr + rows)
     return rows, pairs, pairs < num_pairs
 
@@ -173,17 +178,13 @@ def _scale(
     first_row,
     w_rows,
     mask,
-    weight,
     HAS_BIAS: gl.constexpr,
-    WEIGH: gl.constexpr,
 ):
-    """Sums times a_scale [BLOCK_M] and the weights' scales, the bias, the weight."""
+    """Sums times a_scale [BLOCK_SIZE_M] and the weights' scales, and the bias."""
     x = sums.to(gl.float32) * (_along_a(a_scale) * _along_w(w_scale))
     if HAS_BIAS:
         bias = gl.load(bias_ptr + first_row + w_rows, mask=mask, other=0.0)
         x += _along_w(bias.to(gl.float32))
-    if WEIGH:
-        x *= _along_a(weight)
     return x
 
 
@@ -195,9 +196,9 @@ def _lines(columns: int, num_warps: int) -> gl.BlockedLayout:
 
 
 @gluon.jit
-def _halves(x, M: gl.constexpr, N: gl.constexpr):
+def _halves(x, M: gl.constexpr, size_n: gl.constexpr):
     """x [M, N] as its first and its last columns."""
-    return x.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
+    return x.reshape([M, 2, size_n // 2]).permute((0, 2, 1)).split()
 
 
 @gluon.jit
@@ -212,45 +213,45 @@ def _copy_w13(
     tile_experts_ptr,
     num_tiles,
     num_pairs,
-    N,
-    K,
+    size_n,
+    size_k,
     topk,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    BLOCK_SIZE_M: gl.constexpr,
+    BLOCK_SIZE_N: gl.constexpr,
+    BLOCK_SIZE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [GATHER_WARPS, 1], [1, 0])
-    k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
-    num_n = gl.cdiv(N, BLOCK_N)
+    k = gl.arange(0, BLOCK_SIZE_K, gl.SliceLayout(0, layout))
+    num_n = gl.cdiv(size_n, BLOCK_SIZE_N)
     step = 0
     tile = _tile_of(gl.program_id(0), num_n, num_tiles)
     next_expert = gl.load(tile_experts_ptr + tile)
     _, next_pairs, next_is_pair = _pairs_of(
-        tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout
+        tile, sorted_pairs_ptr, num_pairs, BLOCK_SIZE_M, layout
     )
     for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
-        row = next_expert * 2 * N + i % num_n * BLOCK_N
+        row = next_expert * 2 * size_n + i % num_n * BLOCK_SIZE_N
         pairs = next_pairs
         is_pair = next_is_pair
         # The next tile's are asked for before they are needed.
         tile = _tile_of(i + gl.num_programs(0), num_n, num_tiles)
         next_expert = gl.load(tile_experts_ptr + tile)
         _, next_pairs, next_is_pair = _pairs_of(
-            tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout
+            tile, sorted_pairs_ptr, num_pairs, BLOCK_SIZE_M, layout
         )
         tokens = (pairs // topk).to(gl.int64)
-        xq_ptrs = xq_ptr + _along_a(tokens * K) + _along_w(k)
-        for k0 in range(0, K, BLOCK_K):
+        xq_ptrs = xq_ptr + _along_a(tokens * size_k) + _along_w(k)
+        for k0 in range(0, size_k, BLOCK_SIZE_K):
             buffer = step % STAGES
             mbarrier.wait(free.index(buffer), step // STAGES & 1 ^ 1)
             bar = full.index(buffer)
             mbarrier.expect(bar, 2 * w13.block_type.nbytes)
-            gate = w.index(buffer).slice(0, BLOCK_N)
-            up = w.index(buffer).slice(BLOCK_N, BLOCK_N)
+            gate = w.index(buffer).slice(0, BLOCK_SIZE_N)
+            up = w.index(buffer).slice(BLOCK_SIZE_N, BLOCK_SIZE_N)
             tma.async_copy_global_to_shared(w13, [row, k0], bar, gate)
-            tma.async_copy_global_to_shared(w13, [row + N, k0], bar, up)
-            mask = _along_a(is_pair) & _along_w(k < K - k0)
+            tma.async_copy_global_to_shared(w13, [row + size_n, k0], bar, up)
+            mask = _along_a(is_pair) & _along_w(k < size_k - k0)
             async_copy.async_copy_global_to_shared(a.index(buffer), xq_ptrs + k0, mask)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             step += 1
@@ -265,58 +266,54 @@ def _multiply_w13(
     x_scale_ptr,
     w13_scale_ptr,
     bias_ptr,
-    topk_weights_ptr,
     sorted_pairs_ptr,
     tile_experts_ptr,
     num_tiles,
     h_ptr,
     num_pairs,
-    N,
-    K,
+    size_n,
+    size_k,
     topk,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    BLOCK_SIZE_M: gl.constexpr,
+    BLOCK_SIZE_N: gl.constexpr,
+    BLOCK_SIZE_K: gl.constexpr,
     STAGES: gl.constexpr,
     NUM_WARPS: gl.constexpr,
     PER_CHANNEL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    WEIGH: gl.constexpr,
     SWIGLUSTEP_LIMIT: gl.constexpr,
 ):
-    layout: gl.constexpr = _sums_layout(2 * BLOCK_N, NUM_WARPS)
-    wide: gl.constexpr = _lines(BLOCK_N, NUM_WARPS)
-    num_n = gl.cdiv(N, BLOCK_N)
+    layout: gl.constexpr = _sums_layout(2 * BLOCK_SIZE_N, NUM_WARPS)
+    wide: gl.constexpr = _lines(BLOCK_SIZE_N, NUM_WARPS)
+    num_n = gl.cdiv(size_n, BLOCK_SIZE_N)
     step = 0
     for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
         tile = i // num_n
-        n0 = i % num_n * BLOCK_N
+        n0 = i % num_n * BLOCK_SIZE_N
         # What sums are multiplied by is asked for before it is needed.
         expert = gl.load(tile_experts_ptr + tile).to(gl.int64)
         _, pairs, is_pair = _pairs_of(
-            tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout
+            tile, sorted_pairs_ptr, num_pairs, BLOCK_SIZE_M, layout
         )
         x_scale = gl.load(x_scale_ptr + pairs // topk, mask=is_pair, other=0.0)
-        weight = x_scale
-        if WEIGH:
-            weight = gl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
-            weight = weight.to(gl.float32)
-        n = gl.arange(0, 2 * BLOCK_N, gl.SliceLayout(0, layout))
-        w_rows = n0 + n % BLOCK_N + n // BLOCK_N * N
-        in_n = n0 + n % BLOCK_N < N
-        first_row = expert * 2 * N
+        n = gl.arange(0, 2 * BLOCK_SIZE_N, gl.SliceLayout(0, layout))
+        w_rows = n0 + n % BLOCK_SIZE_N + n // BLOCK_SIZE_N * size_n
+        in_n = n0 + n % BLOCK_SIZE_N < size_n
+        first_row = expert * 2 * size_n
         w_scale = _w_scale(w13_scale_ptr, expert, first_row, w_rows, in_n, PER_CHANNEL)
-        rows, _, is_row = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, wide)
+        rows, _, is_row = _pairs_of(
+            tile, sorted_pairs_ptr, num_pairs, BLOCK_SIZE_M, wide
+        )
         sums, step = _multiply(
             a,
             w,
             full,
             free,
             step,
-            K,
-            BLOCK_M,
-            2 * BLOCK_N,
-            BLOCK_K,
+            size_k,
+            BLOCK_SIZE_M,
+            2 * BLOCK_SIZE_N,
+            BLOCK_SIZE_K,
             STAGES,
             NUM_WARPS,
             True,
@@ -329,20 +326,18 @@ def _multiply_w13(
             first_row,
             w_rows,
             in_n,
-            weight,
             HAS_BIAS,
-            WEIGH,
         )
-        gate, up = _halves(both, BLOCK_M, 2 * BLOCK_N)
+        gate, up = _halves(both, BLOCK_SIZE_M, 2 * BLOCK_SIZE_N)
         gate = gate / (1.0 + gl.exp(-gate))
         if SWIGLUSTEP_LIMIT is not None:
             gate = gl.minimum(gate, SWIGLUSTEP_LIMIT)
             up = gl.minimum(gl.maximum(up, -SWIGLUSTEP_LIMIT), SWIGLUSTEP_LIMIT)
         h = (gate * up).to(h_ptr.dtype.element_ty)
         h = gl.convert_layout(h, wide)
-        n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, wide))
-        h_ptrs = h_ptr + _along_a(rows.to(gl.int64) * N) + _along_w(n)
-        gl.store(h_ptrs, h, mask=_along_a(is_row) & _along_w(n < N))
+        n = n0 + gl.arange(0, BLOCK_SIZE_N, gl.SliceLayout(0, wide))
+        h_ptrs = h_ptr + _along_a(rows.to(gl.int64) * size_n) + _along_w(n)
+        gl.store(h_ptrs, h, mask=_along_a(is_row) & _along_w(n < size_n))
 
 
 @gluon.jit(do_not_specialize=["num_pairs", "topk"])
@@ -352,33 +347,31 @@ def w13_kernel(
     w13,
     w13_scale_ptr,
     bias_ptr,
-    topk_weights_ptr,
     sorted_pairs_ptr,
     tile_experts_ptr,
     num_tiles_ptr,
     h_ptr,
     num_pairs,
-    N,
-    K,
+    size_n,
+    size_k,
     topk,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    BLOCK_SIZE_M: gl.constexpr,
+    BLOCK_SIZE_N: gl.constexpr,
+    BLOCK_SIZE_K: gl.constexpr,
     STAGES: gl.constexpr,
     NUM_WARPS: gl.constexpr,
     PER_CHANNEL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    WEIGH: gl.constexpr,
     SWIGLUSTEP_LIMIT: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """`int8_moe_kernels.w13_kernel`; w13 is a descriptor of boxes of BLOCK_N rows.
+    """`product_kernels.w13_kernel`; w13 is a TMA descriptor, BLOCK_SIZE_N rows a box.
 
     NUM_WARPS multiply, GATHER_WARPS copy.
     """
     _wait_for_inputs(PDL)
     a, w, full, free = _buffers(
-        BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, 1 + 32 * GATHER_WARPS
+        BLOCK_SIZE_M, 2 * BLOCK_SIZE_N, BLOCK_SIZE_K, STAGES, 1 + 32 * GATHER_WARPS
     )
     num_tiles = gl.load(num_tiles_ptr)
     gl.warp_specialize(
@@ -393,23 +386,21 @@ def w13_kernel(
                     x_scale_ptr,
                     w13_scale_ptr,
                     bias_ptr,
-                    topk_weights_ptr,
                     sorted_pairs_ptr,
                     tile_experts_ptr,
                     num_tiles,
                     h_ptr,
                     num_pairs,
-                    N,
-                    K,
+                    size_n,
+                    size_k,
                     topk,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
+                    BLOCK_SIZE_M,
+                    BLOCK_SIZE_N,
+                    BLOCK_SIZE_K,
                     STAGES,
                     NUM_WARPS,
                     PER_CHANNEL,
                     HAS_BIAS,
-                    WEIGH,
                     SWIGLUSTEP_LIMIT,
                 ),
             ),
@@ -426,12 +417,12 @@ def w13_kernel(
                     tile_experts_ptr,
                     num_tiles,
                     num_pairs,
-                    N,
-                    K,
+                    size_n,
+                    size_k,
                     topk,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
+                    BLOCK_SIZE_M,
+                    BLOCK_SIZE_N,
+                    BLOCK_SIZE_K,
                     STAGES,
                 ),
             ),
@@ -451,26 +442,26 @@ def _copy_w2(
     free,
     tile_experts_ptr,
     num_tiles,
-    N,
-    K,
+    size_n,
+    size_k,
     first_n,
     end_n,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    BLOCK_SIZE_M: gl.constexpr,
+    BLOCK_SIZE_N: gl.constexpr,
+    BLOCK_SIZE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    num_n = gl.cdiv(end_n - first_n, BLOCK_N)
+    num_n = gl.cdiv(end_n - first_n, BLOCK_SIZE_N)
     step = 0
     tile = _tile_of(gl.program_id(0), num_n, num_tiles)
     next_expert = gl.load(tile_experts_ptr + tile)
     for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
-        a_row = i // num_n * BLOCK_M
-        row = next_expert * N + first_n + i % num_n * BLOCK_N
+        a_row = i // num_n * BLOCK_SIZE_M
+        row = next_expert * size_n + first_n + i % num_n * BLOCK_SIZE_N
         # The next tile's is asked for before it is needed.
         tile = _tile_of(i + gl.num_programs(0), num_n, num_tiles)
         next_expert = gl.load(tile_experts_ptr + tile)
-        for k0 in range(0, K, BLOCK_K):
+        for k0 in range(0, size_k, BLOCK_SIZE_K):
             buffer = step % STAGES
             mbarrier.wait(free.index(buffer), step // STAGES & 1 ^ 1)
             bar = full.index(buffer)
@@ -495,48 +486,52 @@ def _multiply_w2(
     num_tiles,
     y_ptr,
     num_pairs,
-    N,
-    K,
+    size_n,
+    size_k,
     first_n,
     end_n,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    BLOCK_SIZE_M: gl.constexpr,
+    BLOCK_SIZE_N: gl.constexpr,
+    BLOCK_SIZE_K: gl.constexpr,
     STAGES: gl.constexpr,
     NUM_WARPS: gl.constexpr,
     PER_CHANNEL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    WEIGH: gl.constexpr,
+    APPLY_ROUTER_WEIGHT: gl.constexpr,
 ):
-    layout: gl.constexpr = _sums_layout(BLOCK_N, NUM_WARPS)
-    wide: gl.constexpr = _lines(BLOCK_N // 2, NUM_WARPS)
-    num_n = gl.cdiv(end_n - first_n, BLOCK_N)
+    layout: gl.constexpr = _sums_layout(BLOCK_SIZE_N, NUM_WARPS)
+    wide: gl.constexpr = _lines(BLOCK_SIZE_N // 2, NUM_WARPS)
+    num_n = gl.cdiv(end_n - first_n, BLOCK_SIZE_N)
     step = 0
     for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
         tile = i // num_n
-        n0 = first_n + i % num_n * BLOCK_N
+        n0 = first_n + i % num_n * BLOCK_SIZE_N
         expert = gl.load(tile_experts_ptr + tile).to(gl.int64)
         rows, pairs, is_pair = _pairs_of(
-            tile, sorted_pairs_ptr, num_pairs, BLOCK_M, layout
+            tile, sorted_pairs_ptr, num_pairs, BLOCK_SIZE_M, layout
         )
         h_scale = gl.load(h_scale_ptr + rows, mask=is_pair, other=0.0)
         weight = h_scale
-        if WEIGH:
+        if APPLY_ROUTER_WEIGHT:
             weight = gl.load(topk_weights_ptr + pairs, mask=is_pair, other=0.0)
             weight = weight.to(gl.float32)
-        n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-        w_scale = _w_scale(w2_scale_ptr, expert, expert * N, n, n < N, PER_CHANNEL)
-        _, pairs, is_row = _pairs_of(tile, sorted_pairs_ptr, num_pairs, BLOCK_M, wide)
+        n = n0 + gl.arange(0, BLOCK_SIZE_N, gl.SliceLayout(0, layout))
+        w_scale = _w_scale(
+            w2_scale_ptr, expert, expert * size_n, n, n < size_n, PER_CHANNEL
+        )
+        _, pairs, is_row = _pairs_of(
+            tile, sorted_pairs_ptr, num_pairs, BLOCK_SIZE_M, wide
+        )
         sums, step = _multiply(
             a,
             w,
             full,
             free,
             step,
-            K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
+            size_k,
+            BLOCK_SIZE_M,
+            BLOCK_SIZE_N,
+            BLOCK_SIZE_K,
             STAGES,
             NUM_WARPS,
             False,
@@ -546,20 +541,21 @@ def _multiply_w2(
             h_scale,
             w_scale,
             bias_ptr,
-            expert * N,
+            expert * size_n,
             n,
-            n < N,
-            weight,
+            n < size_n,
             HAS_BIAS,
-            WEIGH,
-        ).to(y_ptr.dtype.element_ty)
+        )
+        if APPLY_ROUTER_WEIGHT:
+            y *= _along_a(weight)
+        y = y.to(y_ptr.dtype.element_ty)
         y_rows = y_ptr + _along_a(pairs.to(gl.int64) * (end_n - first_n))
         # In halves, which need half the shared memory to be put in lines.
-        left, right = _halves(y, BLOCK_M, BLOCK_N)
+        left, right = _halves(y, BLOCK_SIZE_M, BLOCK_SIZE_N)
         for half in gl.static_range(2):
             y_half = gl.convert_layout(right if half else left, wide)
-            n = n0 + half * (BLOCK_N // 2)
-            n += gl.arange(0, BLOCK_N // 2, gl.SliceLayout(0, wide))
+            n = n0 + half * (BLOCK_SIZE_N // 2)
+            n += gl.arange(0, BLOCK_SIZE_N // 2, gl.SliceLayout(0, wide))
             mask = _along_a(is_row) & _along_w(n < end_n)
             gl.store(y_rows + _along_w(n - first_n), y_half, mask=mask)
 
@@ -577,27 +573,27 @@ def w2_kernel(
     num_tiles_ptr,
     y_ptr,
     num_pairs,
-    N,
-    K,
+    size_n,
+    size_k,
     first_n,
     end_n,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    BLOCK_SIZE_M: gl.constexpr,
+    BLOCK_SIZE_N: gl.constexpr,
+    BLOCK_SIZE_K: gl.constexpr,
     STAGES: gl.constexpr,
     NUM_WARPS: gl.constexpr,
     PER_CHANNEL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    WEIGH: gl.constexpr,
+    APPLY_ROUTER_WEIGHT: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """`int8_moe_kernels.w2_kernel`; hq and w2 are descriptors of BLOCK_M and BLOCK_N
-    rows.
+    """`product_kernels.w2_kernel`; hq and w2 are TMA descriptors, BLOCK_SIZE_M and
+    BLOCK_SIZE_N rows.
 
     NUM_WARPS multiply, COPY_WARPS copy.
     """
     _wait_for_inputs(PDL)
-    a, w, full, free = _buffers(BLOCK_M, BLOCK_N, BLOCK_K, STAGES, 1)
+    a, w, full, free = _buffers(BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, STAGES, 1)
     num_tiles = gl.load(num_tiles_ptr)
     gl.warp_specialize(
         [
@@ -617,18 +613,18 @@ def w2_kernel(
                     num_tiles,
                     y_ptr,
                     num_pairs,
-                    N,
-                    K,
+                    size_n,
+                    size_k,
                     first_n,
                     end_n,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
+                    BLOCK_SIZE_M,
+                    BLOCK_SIZE_N,
+                    BLOCK_SIZE_K,
                     STAGES,
                     NUM_WARPS,
                     PER_CHANNEL,
                     HAS_BIAS,
-                    WEIGH,
+                    APPLY_ROUTER_WEIGHT,
                 ),
             ),
             (
@@ -642,13 +638,13 @@ def w2_kernel(
                     free,
                     tile_experts_ptr,
                     num_tiles,
-                    N,
-                    K,
+                    size_n,
+                    size_k,
                     first_n,
                     end_n,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
+                    BLOCK_SIZE_M,
+                    BLOCK_SIZE_N,
+                    BLOCK_SIZE_K,
                     STAGES,
                 ),
             ),
