@@ -10,9 +10,17 @@ export VLLM_TARGET_DEVICE
 # A base wheel of the user's: where it is, and its sha256 if that is given.
 HASH := \#
 OWN_BASE := $(subst $(HASH)sha256=, ,$(VLLM_PRECOMPILED_WHEEL_LOCATION))
-# What is built; another base is another build.
+# Groups of patches to build: GROUPS="fix kernels", or VLLM_QUARK_GROUPS as pip has it.
+# Two targets take GROUPS for what they are about.
+ifeq ($(filter mails test-mutants,$(MAKECMDGOALS)),)
+ifdef GROUPS
+export VLLM_QUARK_GROUPS := $(GROUPS)
+endif
+endif
+SPACE := $(subst ,, )
+# What is built; another base is another build, and so are other groups.
 TARGET := $(VLLM_TARGET_DEVICE)$(VLLM_BASE_VERSION)$(notdir $(firstword $(OWN_BASE)))$(word \
-    2,$(OWN_BASE))
+    2,$(OWN_BASE))$(addprefix -,$(subst $(SPACE),-,$(strip $(VLLM_QUARK_GROUPS))))
 PYTEST_FLAGS ?= -n auto --maxprocesses=4
 
 BIN := .venv/bin
@@ -45,7 +53,7 @@ help: ## list the targets
 
 install: $(FORK_READY) ## install the fork and what its tests need into .venv
 
-wheel: $(WHEEL) ## build the fork's wheel into dist/
+wheel: $(WHEEL) ## build the fork's wheel into dist/; GROUPS="fix kernels": these alone
 	@echo "wheel: $$(cat $(WHEEL))"
 
 demo: $(FORK_READY) ## serve a Quark INT8 export: right answers against garbage

@@ -17,7 +17,7 @@ from setuptools.errors import BaseError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from tools.build import base_wheel, build_metadata, build_wheel  # noqa: E402
+from tools.build import build_metadata, build_wheel, plan  # noqa: E402
 from tools.errors import ForkError  # noqa: E402
 
 
@@ -54,7 +54,7 @@ class EggInfoInBuild(egg_info):
 
 def version() -> str:
     try:
-        return base_wheel().version
+        return plan().version
     except ForkError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -2,23 +2,27 @@
 """Build the fork's wheel: find the base wheel, get it, repack it."""
 
 import argparse
+import hashlib
+import json
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 from zipfile import ZipFile
 
 from tools.download import fetch
 from tools.errors import ForkError
+from tools.groups import asked_for, choice
 from tools.location import VARIABLE, parse
-from tools.repack import metadata, repack
-from tools.series import read_series
+from tools.repack import check_named, metadata, repack
+from tools.series import Patch, dependants, read_series, with_dependencies
 from tools.target import target_device
-from tools.upstream import BaseWheel, listed_wheel, own_wheel, release
+from tools.upstream import BaseWheel, fork_table, listed_wheel, own_wheel, release
 
 
 def location() -> str | None:
@@ -39,14 +43,66 @@ def base_wheel() -> BaseWheel:
     return listed_wheel(release(os.environ.get("VLLM_BASE_VERSION")), target)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What to build: a base wheel, and the groups of patches and patches for it."""
+
+    wheel: BaseWheel
+    groups: list[str]
+    patches: list[Patch]
+    version: str
+
+    def record(self, base_path: Path) -> bytes:
+        """What the wheel says of itself, for `vllm quark-check --about`."""
+        with base_path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        held = [
+            {"number": p.number, "group": p.group, "subject": p.message.subject}
+            for p in self.patches
+        ]
+        told = {
+            "fork": fork_table()["local_version"],
+            "version": self.version,
+            "release": self.wheel.release.version,
+            "target": self.wheel.target,
+            "base": {"file": self.wheel.filename, "sha256": sha256},
+            "groups": self.groups,
+            "patches": held,
+        }
+        return (json.dumps(told, indent=1) + "\n").encode()
+
+
+def plan(without: Collection[str] = (), only: Collection[str] = ()) -> Plan:
+    """What the environment asks for, VLLM_QUARK_GROUPS too. Raises ForkError.
+
+    `without` names patches to leave out, with those that depend on them; `only` the
+    patches to build, with those they depend on. The version then says so.
+    """
+    wheel = base_wheel()
+    every = read_series(wheel.release.series)
+    check_named(every)
+    if unknown := {*without, *only} - {patch.number for patch in every}:
+        raise ForkError(f"no patch is numbered {', '.join(sorted(unknown))}.")
+    if only:
+        patches = with_dependencies(every, only)
+        label = runs("only", [patch.number for patch in patches])
+        return Plan(wheel, [], patches, wheel.version(label))
+    chosen = choice(every, wheel.target, asked_for())
+    gone = {*without, *dependants(every, without)}
+    patches = [patch for patch in chosen.patches if patch.number not in gone]
+    gone = {patch.number for patch in chosen.patches} - {p.number for p in patches}
+    label = [*chosen.label, *runs("without", gone)]
+    return Plan(wheel, chosen.groups, patches, wheel.version(label))
+
+
 def build_metadata() -> bytes:
     """METADATA of the wheel that `build_wheel` would make. Raises ForkError."""
-    wheel = base_wheel()
-    with ZipFile(fetch(wheel, location())) as base:
-        return metadata(base, wheel.version)
+    planned = plan()
+    with ZipFile(fetch(planned.wheel, location())) as base:
+        return metadata(base, planned.version)
 
 
-def left_out(numbers: Collection[str]) -> list[str]:
+def runs(word: str, numbers: Iterable[str]) -> list[str]:
     """What a version says of patches that were left out: without0001to0003 and
     without0005, not each by itself, as a file's name has 255 bytes."""
     found: list[list[str]] = []
@@ -56,29 +112,28 @@ def left_out(numbers: Collection[str]) -> list[str]:
         else:
             found.append([number])
     return [
-        f"without{run[0]}" + (f"to{run[-1]}" if len(run) > 1 else "") for run in found
+        f"{word}{run[0]}" + (f"to{run[-1]}" if len(run) > 1 else "") for run in found
     ]
 
 
-def build_wheel(dist_folder: Path, without: Collection[str] = ()) -> Path:
-    """Write the fork's wheel to `dist_folder` and return its path. Raises ForkError.
-
-    `without` names patches to leave out, such as "0001"; the version then says so.
-    """
+def build_wheel(
+    dist_folder: Path, without: Collection[str] = (), only: Collection[str] = ()
+) -> Path:
+    """Write the fork's wheel to `dist_folder` and return its path; what goes into it is
+    `plan`'s. Raises ForkError."""
     started = time.monotonic()
     # Unwind, so that the half-made wheel goes, and end in one line.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("error: interrupted; no wheel made"))
-    wheel = base_wheel()
-    base_path = fetch(wheel, location())
-    patches = read_series(wheel.release.series, without)
-    version = ".".join([wheel.version, *left_out(without)])
-    path = repack(base_path, patches, version, dist_folder)
+    planned = plan(without, only)
+    base_path = fetch(planned.wheel, location())
+    record = planned.record(base_path)
+    path = repack(base_path, planned.patches, planned.version, dist_folder, record)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     seconds = time.monotonic() - started
     print(
-        f"{path}: {wheel.filename} + {len(patches)} patches, {seconds:.0f} s, "
-        f"peak memory {usage} MiB"
+        f"{path}: {planned.wheel.filename} + {len(planned.patches)} patches, "
+        f"{seconds:.0f} s, peak memory {usage} MiB"
     )
     return path
 

@@ -14,27 +14,30 @@ from rich.console import Console
 from tools.build import build_wheel
 from tools.errors import ForkError
 from tools.fix import PROBES
-from tools.series import read_series
-from tools.upstream import ROOT, release
+from tools.upstream import ROOT
 
 MUTANTS = ROOT / "build/mutants"
 
 
 def install_without(*numbers: str) -> Path:
-    """Build the fork without these patches, into a folder to put on PYTHONPATH."""
-    folder = MUTANTS / "-".join(numbers)
-    shutil.rmtree(folder, ignore_errors=True)
-    wheel = build_wheel(MUTANTS / "dist", numbers)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--no-compile", "--target", folder, wheel], check=True)
-    return folder
+    """Build the fork without these patches and those that depend on them, into a folder
+    to put on PYTHONPATH."""
+    return install(build_wheel(MUTANTS / "dist", numbers), "without", *numbers)
 
 
 def install_only(*numbers: str) -> Path:
-    """Build the fork with these patches alone, likewise."""
-    series = read_series(release(os.environ.get("VLLM_BASE_VERSION")).series)
-    every = [patch.number for patch in series]
-    return install_without(*(number for number in every if number not in numbers))
+    """Build the fork with these patches alone and those they depend on, likewise."""
+    wheel = build_wheel(MUTANTS / "dist", only=numbers)
+    return install(wheel, "only", *numbers)
+
+
+def install(wheel: Path, *names: str) -> Path:
+    """Install a wheel alone, into a folder to put on PYTHONPATH."""
+    folder = MUTANTS / "-".join(names)
+    shutil.rmtree(folder, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-compile", "--target", folder, wheel], check=True)
+    return folder
 
 
 def run_tests(package: Path) -> tuple[set[str], dict[str, set[str]]]:

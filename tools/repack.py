@@ -22,6 +22,33 @@ from tools.upstream import BASE_NAMES, overlay_files
 VERSION_FILE = "vllm/_version.py"
 
 
+RECORD_OF_BUILD = "quark_int8.json"  # in .dist-info; what `Plan.record` says
+
+
+def overlay_of(patches: Sequence[Patch]) -> dict[str, Path]:
+    """The overlay's files that the patches name: name in the package to file. Raises
+    ForkError."""
+    files, found = overlay_files(), {}
+    for patch in patches:
+        for name in patch.message.overlay:
+            if name not in files:
+                raise ForkError(
+                    f"{patch.name}: its trailer `Overlay: {name}` names no file of the "
+                    "overlay."
+                )
+            found[name] = files[name]
+    return found
+
+
+def check_named(patches: Sequence[Patch]) -> None:
+    """See that every file of the overlay goes along with a patch. Raises ForkError."""
+    if orphans := sorted(overlay_files().keys() - overlay_of(patches).keys()):
+        raise ForkError(
+            f"no patch names {', '.join(orphans)}: add `Overlay: <file>` to the "
+            "message of the patch that first uses it (make tree; make patches)."
+        )
+
+
 def patched_files(base: ZipFile, patches: Sequence[Patch]) -> dict[str, bytes]:
     """The files that the patches change, as they are afterwards. Raises ForkError."""
     with tempfile.TemporaryDirectory() as folder:
@@ -35,9 +62,14 @@ def patched_files(base: ZipFile, patches: Sequence[Patch]) -> dict[str, bytes]:
 
 
 def repack(
-    base_path: Path, patches: Sequence[Patch], version: str, dist_folder: Path
+    base_path: Path,
+    patches: Sequence[Patch],
+    version: str,
+    dist_folder: Path,
+    record: bytes = b"",
 ) -> Path:
-    """Write `dist_folder`/vllm-`version`-<tags of the base>.whl and return its path.
+    """Write `dist_folder`/vllm-`version`-<tags of the base>.whl and return its path:
+    the base, patched, with the overlay's files that the patches name and `record`.
 
     Binaries and every other file that the fork does not change keep their bytes and
     times, so that two builds are the same to the byte. The wheel appears under its
@@ -52,7 +84,7 @@ def repack(
             ZipFile(base_path) as base,
         ):
             half_made = Path(folder) / filename
-            _write(base, patches, version, half_made)
+            _write(base, patches, version, half_made, record)
             return half_made.replace(dist_folder / filename)
     except BadZipFile as error:
         raise ForkError(f"{base_path}: not a wheel, or damaged: {error}.") from None
@@ -63,7 +95,9 @@ def repack(
         ) from None
 
 
-def _write(base: ZipFile, patches: Sequence[Patch], version: str, path: Path) -> None:
+def _write(
+    base: ZipFile, patches: Sequence[Patch], version: str, path: Path, record: bytes
+) -> None:
     old_info = _dist_info(base)
     new_info = f"vllm-{version}.dist-info"
     changed = patched_files(base, patches)
@@ -71,8 +105,10 @@ def _write(base: ZipFile, patches: Sequence[Patch], version: str, path: Path) ->
     changed[f"{old_info}/METADATA"] = metadata(base, version)
     changed[f"{old_info}/WHEEL"] = _wheel_file(base, path.name)
     members = {info.filename: info for info in base.infolist() if not info.is_dir()}
-    overlay = overlay_files()
-    if shadowed := sorted(members.keys() & overlay.keys()):
+    if record:
+        changed[f"{old_info}/{RECORD_OF_BUILD}"] = record
+    overlay = overlay_of(patches)
+    if shadowed := sorted(members.keys() & overlay_files().keys()):
         raise ForkError(
             f"vllm/ may only hold files that the base lacks, but {shadowed[0]} is in "
             f"{Path(base.filename or '').name}. Change it with a patch."

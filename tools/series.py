@@ -216,9 +216,16 @@ def choose(patches: Sequence[Patch], groups: Collection[str]) -> list[Patch]:
             f"{', '.join(unknown)}: no such group of patches. Expected some of "
             f"{', '.join(known)}."
         )
+    return with_dependencies(patches, [p.number for p in patches if p.group in groups])
+
+
+def with_dependencies(
+    patches: Sequence[Patch], numbers: Collection[str]
+) -> list[Patch]:
+    """The patches of these numbers, and those they depend on."""
     by_number = {patch.number: patch for patch in patches}
     chosen: set[str] = set()
-    wanted = [patch.number for patch in patches if patch.group in groups]
+    wanted = list(numbers)
     while wanted:
         number = wanted.pop()
         if number not in chosen:

@@ -3,6 +3,7 @@
 
 import platform
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +36,13 @@ class BaseWheel:
     release: Release
     target: str
 
-    @property
-    def version(self) -> str:
-        """Version of the fork's wheel, such as `0.20.2+quark1.cpu`."""
+    def version(self, label: Sequence[str] = ()) -> str:
+        """Version of the fork's wheel, such as `0.20.2+quark2.fix.cpu`; `label` is what
+        it says of its groups of patches."""
         base = parse_wheel_filename(self.filename)[1]
-        label = base.local or {"cuda": ""}.get(self.target, self.target)
-        local = ".".join(filter(None, [fork_table()["local_version"], label]))
-        return f"{base.public}+{local}"
+        target = base.local or {"cuda": ""}.get(self.target, self.target)
+        local = [fork_table()["local_version"], *label, target]
+        return f"{base.public}+{'.'.join(filter(None, local))}"
 
 
 def _toml() -> dict:
@@ -50,6 +51,11 @@ def _toml() -> dict:
 
 def fork_table() -> dict[str, str]:
     return _toml()["fork"]
+
+
+def extra_groups() -> list[str]:
+    """Groups of patches that are built only where they are asked for."""
+    return _toml()["fork"]["extra_groups"]
 
 
 def _release(version: str, table: dict) -> Release:

