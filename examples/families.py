@@ -65,10 +65,11 @@ DEQUANTIZED = f"{TRANSFORMERS}, dequantized weights"
 STOCK_FLOAT = "stock vLLM, unquantized"
 COLOURS = {"right": "green", "garbage": "red", "refused": "yellow", "needs": "dim"}
 
-# The command beside the installed vLLM, and the script by itself.
+QUARK_CHECK = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
+# The command beside the installed vLLM, and its package by itself.
 CHECKS: dict[str, list[str]] = {
     "installed": ["-m", "vllm.entrypoints.cli.main", "quark-check"],
-    "alone": [str(ROOT / "vllm/entrypoints/cli/quark_check.py")],
+    "alone": [str(QUARK_CHECK)],
 }
 
 WORDS = {"wrong": "garbage"}  # of quark-check, and of this table

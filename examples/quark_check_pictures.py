@@ -13,10 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME
-from vllm.model_executor.layers.quantization.quark.quark_check.report import (
-    WIDTH,
-    show,
-)
+from vllm.model_executor.layers.quantization.quark.quark_check.report import WIDTH, show
 from vllm.model_executor.layers.quantization.quark.quark_check.run import check
 
 from tests.fixtures.cells import CELLS

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.quantization.quark.quark_check.relayout import Target
-from vllm.model_executor.layers.quantization.quark.quark_check.rewrite import rewrite
+from vllm.model_executor.layers.quantization.quark.quark_check.fix.planned import Target
+from vllm.model_executor.layers.quantization.quark.quark_check.fix.rewrite import (
+    rewrite,
+)
 
 from examples.compare_builds import ROOT, ask, device_name, make_prompts
 from examples.matrix import STOCK_ON_CPU, judge, references

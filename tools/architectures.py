@@ -22,20 +22,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import read_checkpoint
-from vllm.model_executor.layers.quantization.quark.dry_run import (
+from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
+    LEAVES,
+    general,
+    special,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import (
+    read_checkpoint,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.dry_run import (
     DryRun,
     Pass,
     Tensors,
     dry_run,
     is_structure,
 )
-from vllm.model_executor.layers.quantization.quark.layout import first_value
-from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
-    LEAVES,
-    general,
-    special,
-)
+from vllm.model_executor.layers.quantization.quark.quark_check.layout import first_value
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = (
@@ -43,7 +45,7 @@ FILE = (
     / "vllm/model_executor/layers/quantization/quark/quark_check"
     / "architectures.json"
 )
-DRY_RUN = ROOT / "vllm/model_executor/layers/quantization/quark/dry_run.py"
+DRY_RUN = ROOT / "vllm/model_executor/layers/quantization/quark/dry_run"
 FOLDER = ROOT / "build/releases"
 # All that run with torch 2.11, and the last before them, whose models do as well.
 RELEASES = ("0.19.1", "0.20.2", "0.21.0", "0.22.0", "0.26.0")

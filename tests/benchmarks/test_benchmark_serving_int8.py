@@ -104,7 +104,7 @@ def test_weights_keep_activations_in_range(folder: Path) -> None:
 
 
 def test_quark_check_says_that_the_fork_reads_it_right(folder: Path) -> None:
-    command = ROOT / "vllm/entrypoints/cli/quark_check.py"
+    command = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
     done = subprocess.run(
         [sys.executable, command, folder, "--json"], capture_output=True, text=True
     )

@@ -48,8 +48,10 @@ FAILURES = {
 
 def report(folder: Path, as_json: bool) -> tuple[int, str]:
     """Status and output."""
-    from vllm.entrypoints.cli.quark_check import add_arguments
     from vllm.model_executor.layers.quantization.quark.quark_check import run
+    from vllm.model_executor.layers.quantization.quark.quark_check.cli import (
+        add_arguments,
+    )
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)

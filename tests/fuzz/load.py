@@ -21,7 +21,7 @@ from vllm.config import (
     VllmConfig,
     set_current_vllm_config,
 )
-from vllm.model_executor.layers.quantization.quark import load_checks
+from vllm.model_executor.layers.quantization.quark.load_checks import checks
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import (
     initialize_model,
@@ -132,7 +132,7 @@ def run(seed: int, scratch: Path) -> Outcome:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     warned: list[str] = []
-    load_checks.logger.warning_once = warned.append
+    checks.logger.warning_once = warned.append
     try:
         found = load(folder)
     except Exception as error:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.quark import load_checks
+from vllm.model_executor.layers.quantization.quark.load_checks import checks, files
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
@@ -307,7 +307,7 @@ CASES = {
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     logged: list[str] = []
-    monkeypatch.setattr(load_checks.logger, "warning_once", logged.append)
+    monkeypatch.setattr(checks.logger, "warning_once", logged.append)
     yield logged
 
 
@@ -367,7 +367,7 @@ def test_code_of_transformers_in_the_place_of_an_architecture(
         multimodal_config=SimpleNamespace(limit_per_prompt=limits),
         using_transformers_backend=lambda: True,
     )
-    [problem] = load_checks._architecture_problems(config)
+    [problem] = files.architecture_problems(config)
     assert problem.id == kind and problem.name == config.architectures[0]
     config.model_impl = "transformers"
-    assert not load_checks._architecture_problems(config)
+    assert not files.architecture_problems(config)

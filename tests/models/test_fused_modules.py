@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from vllm.model_executor import models
-from vllm.model_executor.layers.quantization.quark.export import USUAL_SHARDS, Export
+from vllm.model_executor.layers.quantization.quark.quark_check.export import (
+    USUAL_SHARDS,
+    Export,
+)
 
 FOLDER = Path(models.__file__).parent
 SOURCES = sorted(FOLDER.rglob("*.py"))

@@ -65,15 +65,15 @@ def load_model(
         VllmConfig,
         set_current_vllm_config,
     )
-    from vllm.model_executor.layers.quantization.quark import load_checks
+    from vllm.model_executor.layers.quantization.quark.load_checks import files
     from vllm.model_executor.model_loader import get_model_loader
 
     model_config = ModelConfig(
         model=str(folder), skip_tokenizer_init=True, dtype="bfloat16"
     )
-    check_model = load_checks.check_model
+    check_model = files.check_model
     if not is_checked:
-        load_checks.check_model = lambda *arguments: None
+        files.check_model = lambda *arguments: None
     try:
         vllm_config = VllmConfig(
             model_config=model_config,
@@ -83,7 +83,7 @@ def load_model(
             ),
         )
     finally:
-        load_checks.check_model = check_model
+        files.check_model = check_model
     with set_current_vllm_config(vllm_config):
         loader = get_model_loader(vllm_config.load_config)
         return loader.load_model(vllm_config, model_config)

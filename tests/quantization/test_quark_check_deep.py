@@ -13,14 +13,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
+from vllm.model_executor.layers.quantization.quark.quark_check import stored
+from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import (
     CheckpointError,
 )
-from vllm.model_executor.layers.quantization.quark.quark_check import deep, stored
-from vllm.model_executor.layers.quantization.quark.quark_check.deep import (
+from vllm.model_executor.layers.quantization.quark.quark_check.deep import measure
+from vllm.model_executor.layers.quantization.quark.quark_check.deep.find import (
     DeepResult,
-    ModuleStats,
     deep_findings,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.deep.measure import (
+    ModuleStats,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.deep.outliers import (
+    norm_outliers,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.known import Known, know
 from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
@@ -222,19 +228,19 @@ def test_a_layer_of_experts_is_compared_with_its_neighbours(odd: int):
         for layer in range(10)
         for expert in range(4)
     ]
-    found = deep._norm_outliers(modules)
+    found = norm_outliers(modules)
     assert list(found) == [f"model.layers.{odd}.moe.experts.*.up_proj"]
     assert found[f"model.layers.{odd}.moe.experts.*.up_proj"] == pytest.approx(8)
 
 
 def test_norms_that_drift_from_layer_to_layer_are_no_outliers():
     modules = [module(f"model.layers.{n}.mlp.up_proj", 1.4**n) for n in range(40)]
-    assert not deep._norm_outliers(modules)
+    assert not norm_outliers(modules)
 
 
 def test_too_few_neighbours_say_nothing():
     modules = [module(f"model.layers.{n}.mlp.up_proj", 100.0**n) for n in range(3)]
-    assert not deep._norm_outliers(modules)
+    assert not norm_outliers(modules)
 
 
 # Numbers, against torch in float64.
@@ -295,7 +301,7 @@ def test_statistics(
         assert found.rms == pytest.approx(real.square().mean().sqrt().item(), 1e-12)
         assert found.error == pytest.approx(difference.item(), 1e-12)
         assert found.saturated == ends.sum().item() / one.numel()
-        assert found.saturated_rows == (ends >= deep.SATURATED_COUNT).sum()
+        assert found.saturated_rows == (ends >= measure.SATURATED_COUNT).sum()
 
 
 @pytest.mark.parametrize("chunk", [50, 100, stored.CHUNK])
@@ -305,9 +311,9 @@ def test_saturated_rows_are_counted_in_however_many_parts(
     monkeypatch.setattr(stored, "CHUNK", chunk)
     export = Export(PER_EXPERT)
     weight = export.tensors[f"{EXPERT}.weight"].fill_(1)
-    weight[0, : deep.SATURATED_COUNT] = 127
-    weight[1, -deep.SATURATED_COUNT :] = -127
-    weight[2, : deep.SATURATED_COUNT - 1] = -128
+    weight[0, : measure.SATURATED_COUNT] = 127
+    weight[1, -measure.SATURATED_COUNT :] = -127
+    weight[2, : measure.SATURATED_COUNT - 1] = -128
     weight[63, 20:30] = 127
     found = stats(look(export.write(tmp_path / "export")), EXPERT)
     assert found.saturated_rows == 3

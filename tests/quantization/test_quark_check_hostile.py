@@ -9,15 +9,21 @@ import time
 from pathlib import Path
 
 import pytest
-from vllm.model_executor.layers.quantization.quark import checkpoint, rules
-from vllm.model_executor.layers.quantization.quark.checkpoint import CheckpointError
-from vllm.model_executor.layers.quantization.quark.quark_check import limits, run
+from vllm.model_executor.layers.quantization.quark.quark_check import (
+    checkpoint,
+    limits,
+    rules,
+    run,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import (
+    CheckpointError,
+)
 
 from tests.fuzz import fuzz_checkpoints, fuzz_quark_check, hostile
 from tests.fuzz.files import CONFIG, EXPORTS, Files, pack, parse, unpack
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = ROOT / "vllm/entrypoints/cli/quark_check.py"
+COMMAND = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
 SHARD = "model.safetensors"
 
 

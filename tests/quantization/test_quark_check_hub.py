@@ -18,18 +18,18 @@ from pathlib import Path
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
+from vllm.model_executor.layers.quantization.quark.quark_check import hub, run
+from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import (
     CheckpointError,
     LocalFiles,
     read_checkpoint,
 )
-from vllm.model_executor.layers.quantization.quark.quark_check import hub, run
 from vllm.model_executor.layers.quantization.quark.quark_check.hub import HubFiles
 
 from tests.fixtures.cells import FIXTURES
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = ROOT / "vllm/entrypoints/cli/quark_check.py"
+COMMAND = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
 SHARDED = FIXTURES / "step3p5-tiny/sharded"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.model_executor.layers.quantization.quark.checkpoint import CheckpointError
 from vllm.model_executor.layers.quantization.quark.quark_check import run
+from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import (
+    CheckpointError,
+)
 from vllm.model_executor.layers.quantization.quark.quark_check.plan import spans
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
     FORK_CPU,

@@ -18,20 +18,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
+from vllm.model_executor.layers.quantization.quark.quark_check import run
+from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import (
     CheckpointError,
     read_checkpoint,
 )
-from vllm.model_executor.layers.quantization.quark.quark_check import relayout, run
-from vllm.model_executor.layers.quantization.quark.quark_check import rewrite as module
-from vllm.model_executor.layers.quantization.quark.quark_check.relayout import (
+from vllm.model_executor.layers.quantization.quark.quark_check.fix import relayout
+from vllm.model_executor.layers.quantization.quark.quark_check.fix import (
+    rewrite as module,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.fix.planned import (
     TARGETS,
     Target,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.fix.relayout import (
     default_plan,
     make_plan,
 )
+from vllm.model_executor.layers.quantization.quark.quark_check.fix.rewrite import (
+    rewrite,
+)
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import FORK
-from vllm.model_executor.layers.quantization.quark.quark_check.rewrite import rewrite
 
 from tests.fixtures.cells import CELLS
 from tests.quantization.exports import PER_EXPERT, STACKED, Export, load_model

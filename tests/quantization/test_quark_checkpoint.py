@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
+from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import (
     INDEX,
     CheckpointError,
     LocalFiles,

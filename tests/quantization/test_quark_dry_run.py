@@ -12,17 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
-    CheckpointError,
-    read_checkpoint,
-)
-from vllm.model_executor.layers.quantization.quark.dry_run import DryRun, dry_run
 from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
     Asked,
     Renames,
     architecture,
     general,
     special,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import (
+    CheckpointError,
+    read_checkpoint,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.dry_run import (
+    DryRun,
+    dry_run,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.known import know
 from vllm.model_executor.layers.quantization.quark.quark_check.opened import (

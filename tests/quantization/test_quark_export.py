@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.model_executor.layers.quantization.quark.checkpoint import TensorInfo
-from vllm.model_executor.layers.quantization.quark.export import (
-    Export,
+from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import (
+    TensorInfo,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.config import (
     number_problems,
 )
+from vllm.model_executor.layers.quantization.quark.quark_check.export import Export
 from vllm.model_executor.models.utils import WeightsMapper
 
 FILE = Path("model.safetensors")

@@ -12,14 +12,21 @@ from torch import nn
 from vllm import platforms
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.quark import load_checks
-from vllm.model_executor.layers.quantization.quark.checkpoint import CheckpointError
-from vllm.model_executor.layers.quantization.quark.problems import Problem
+from vllm.model_executor.layers.quantization.quark.load_checks import (
+    checks,
+    files,
+    loading,
+)
+from vllm.model_executor.layers.quantization.quark.load_checks.watch import Watch
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
+from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import (
+    CheckpointError,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.problems import Problem
 from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
-from vllm.model_executor.layers.quantization.quark.watch import Watch
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader.weight_utils import get_quant_config
 
 from tests.platforms import pretended
 from tests.quantization.exports import PER_EXPERT, STACKED, Export, load_model
@@ -308,7 +315,7 @@ ODD: dict[str, tuple[str, Edit, str, str]] = {
 def warnings(monkeypatch):
     """What is logged as a warning."""
     logged: list[str] = []
-    monkeypatch.setattr(load_checks.logger, "warning_once", logged.append)
+    monkeypatch.setattr(checks.logger, "warning_once", logged.append)
     return logged
 
 
@@ -702,10 +709,10 @@ class Sink(nn.Module):
 def test_number_that_is_none_is_refused(numel, here, monkeypatch, tmp_path):
     """Large tensors, too, which are looked at while they are copied to a GPU; but for
     tensors that nothing takes."""
-    monkeypatch.setattr(load_checks, "current_platform", here)
-    checks = load_checks.Checks(str(tmp_path), None, {"exclude": []})
+    monkeypatch.setattr(loading, "current_platform", here)
+    found = checks.Checks(str(tmp_path), None, {"exclude": []})
     config = SimpleNamespace(runner="generate")
-    model = load_checks._CheckedModel(Sink(numel), config, checks)
+    model = loading.CheckedModel(Sink(numel), config, found)
     good, bad = torch.ones(2, numel, dtype=torch.bfloat16)
     bad[7] = torch.inf
     model.load_weights([("a", bad), ("b", good)])
@@ -724,7 +731,7 @@ def test_share_of_one_of_two_ranks_loads(name, rank, by_expert, tensor_parallel,
 def unchecked_config(model_config: ModelConfig) -> VllmConfig:
     """An engine's config, without the checks that come with reading it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_checks, "check_model", lambda *arguments: None)
+        patch.setattr(files, "check_model", lambda *arguments: None)
         return VllmConfig(model_config=model_config)
 
 
@@ -733,11 +740,40 @@ def floats(model: nn.Module) -> list[torch.Tensor]:
 
 
 def test_float_checkpoint_is_not_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(load_checks, "read_checkpoint", lambda folder: 1 / 0)
+    monkeypatch.setattr(files, "read_checkpoint", lambda folder: 1 / 0)
     quark = {"global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}
     config = QuarkConfig(quark)
-    load_checks.check_model(SimpleNamespace(model=str(tmp_path)), config)
-    assert config.checks is None
+    assert files.check_model(SimpleNamespace(model=str(tmp_path)), config) is None
+
+
+def inside(value: object, seen: tuple[int, ...] = ()) -> object:
+    """All that an object holds, to be compared later: attributes and items, down to
+    what has none."""
+    if id(value) in seen:
+        return "itself"
+    seen = (*seen, id(value))
+    if isinstance(value, dict):
+        return [(repr(key), inside(each, seen)) for key, each in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value).__name__, [inside(each, seen) for each in value]
+    if hasattr(value, "__dict__") and not isinstance(value, type):
+        return type(value).__name__, inside(vars(value), seen)
+    return repr(value)
+
+
+@pytest.mark.parametrize("edit", [None, *ODD], ids=str)
+def test_config_is_checked_and_not_changed(edit, write):
+    export, change = (STACKED, []) if edit is None else (ODD[edit][0], [ODD[edit][1]])
+    folder = write(export, *change)
+    config = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16")
+    quant_config = get_quant_config(config, LoadConfig())
+    before = inside(config), inside(quant_config)
+    assert "global_quant_config" in str(before[1])
+    found = files.check_model(config, quant_config)
+    assert (inside(config), inside(quant_config)) == before
+    assert found is not None and found.export is not None
+    # What a layer asks is what was found.
+    assert VllmConfig(model_config=config).quant_config.checks.config == found.config
 
 
 @pytest.mark.parametrize("value", [1.0, 0.0])
@@ -793,13 +829,13 @@ def test_files_of_a_downloaded_model_decide_while_it_is_built(write, monkeypatch
 
 def test_headers_are_read_again_in_a_worker(write):
     """What the first process found does not travel to it."""
-    checks = load_checks.Checks(str(write(STACKED)), None, Export(STACKED).quark)
-    assert checks.export is not None
-    checks.problems.append(Problem("zero-channels", "a", "b", "c"))
-    there = pickle.loads(pickle.dumps(checks))
-    assert len(pickle.dumps(checks)) < 20_000
+    here = checks.Checks(str(write(STACKED)), None, Export(STACKED).quark)
+    assert here.export is not None
+    here.problems.append(Problem("zero-channels", "a", "b", "c"))
+    there = pickle.loads(pickle.dumps(here))
+    assert len(pickle.dumps(here)) < 20_000
     assert there.problems == [] and there._export is None
-    assert there.export.modules.keys() == checks.export.modules.keys()
+    assert there.export.modules.keys() == here.export.modules.keys()
 
 
 def test_damaged_file_ends_before_the_model_is_built(write, monkeypatch):

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from vllm.model_executor.layers.quantization.quark.problems import KINDS
+from vllm.model_executor.layers.quantization.quark.quark_check.problems import KINDS
 
 DOCS = Path(__file__).parents[2] / "docs/checks.md"
 

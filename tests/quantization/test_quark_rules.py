@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from vllm.model_executor.layers.quantization.quark.rules import (
+from vllm.model_executor.layers.quantization.quark.quark_check.rules import (
     Entries,
     experts_excluded,
     experts_override,

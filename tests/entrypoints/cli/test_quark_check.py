@@ -1,32 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm quark-check`: the report of every export of the matrix, and the command."""
 
+import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-from vllm.model_executor.layers.quantization.quark.problems import KINDS
 from vllm.model_executor.layers.quantization.quark.quark_check import (
-    issues,
-    relayout,
     releases,
     run,
 )
+from vllm.model_executor.layers.quantization.quark.quark_check.cli import LAYOUTS
 from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
     SEVERITIES,
 )
+from vllm.model_executor.layers.quantization.quark.quark_check.fix.planned import (
+    TARGETS,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.issues.releases import (
+    REFUSED,
+    WRONG,
+)
+from vllm.model_executor.layers.quantization.quark.quark_check.problems import KINDS
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import FORK_CPU
 
 from examples import quark_check_pictures
 from tests.fixtures.cells import CELLS, FIXTURES, Cell
 
 ROOT = Path(__file__).resolve().parents[3]
-COMMAND = ROOT / "vllm/entrypoints/cli/quark_check.py"
+COMMAND = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
 BASE = FIXTURES / "step3p5-tiny/int8-per-expert"
 # The release that docs/matrix.md ran as stock.
 MEASURED = "0.20.0-0.21.0"
@@ -280,47 +288,91 @@ def test_nothing_to_read(tmp_path: Path):
     assert report["exit_status"] == 2 and "config.json" in report["error"]
 
 
-def test_needs_neither_torch_nor_vllm():
-    """The very file, run beside whatever vLLM is installed, imports none of it."""
-    heavy = ("torch", "numpy", "safetensors", "transformers", "huggingface_hub")
-    code = (
-        "import json, runpy, sys\n"
-        f"sys.argv = ['quark-check', {str(BASE)!r}, '--json']\n"
-        f"sys.path.insert(0, {str(COMMAND.parent)!r})\n"
-        "try:\n"
-        f"    runpy.run_path({str(COMMAND)!r}, run_name='__main__')\n"
-        "except SystemExit as ended:\n"
-        f"    heavy = set({heavy!r}) & set(sys.modules)\n"
-        "    files = {getattr(sys.modules[n], '__file__', None) or '' for n in "
-        "list(sys.modules) if n.split('.')[0] == 'vllm'}\n"
-        "    print(json.dumps([ended.code, sorted(heavy), sorted(files)]),"
-        " file=sys.stderr)\n"
-    )
-    said = called(sys.executable, "-c", code)
-    status, imported, files = json.loads(said.stderr)
-    assert status == 1 and json.loads(said.stdout)["version"] == 1
-    assert not imported
-    assert all(file == "" or Path(file).is_relative_to(ROOT / "vllm") for file in files)
-
-
-def test_as_a_module_of_a_checkout(tmp_path: Path):
-    """`python -m` where no vLLM is installed: here, where its packages are not seen."""
+def packages_of_rich(folder: Path) -> Path:
+    """A folder for sys.path that has rich, and nothing else that is installed."""
     import rich
 
     site = Path(rich.__file__).parents[1]
     for name in ("rich", "pygments", "markdown_it", "mdurl"):
         if (site / name).is_dir():
-            (tmp_path / name).symlink_to(site / name)
+            (folder / name).symlink_to(site / name)
+    return folder
+
+
+def test_a_copied_folder_runs_without_vllm(tmp_path: Path):
+    """The package alone, where neither vLLM nor torch is installed. It imports none of
+    them, puts no made-up packages in their place, and leaves sys.path as it was."""
+    copied = tmp_path / "quark_check"
+    shutil.copytree(COMMAND, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "site").mkdir()
+    code = (
+        "import json, runpy, sys\n"
+        f"sys.path.append({str(packages_of_rich(tmp_path / 'site'))!r})\n"
+        f"sys.argv = ['quark-check', {str(BASE)!r}, '--json']\n"
+        "before = list(sys.path)\n"
+        "try:\n"
+        f"    runpy.run_path({str(copied)!r}, run_name='__main__')\n"
+        "except SystemExit as ended:\n"
+        "    ours = {n: getattr(m, '__file__', None) for n, m in sys.modules.items() "
+        "if n.partition('.')[0] in ('vllm', 'torch', 'numpy', 'quark_check')}\n"
+        "    print(json.dumps([ended.code, ours, sys.path == before]),"
+        " file=sys.stderr)\n"
+    )
+    said = called(sys.executable, "-I", "-S", "-c", code)
+    status, ours, is_same = json.loads(said.stderr)
+    assert status == 1 and json.loads(said.stdout)["version"] == 1
+    assert is_same and len(ours) > 20
+    for name, file in ours.items():
+        assert name.partition(".")[0] == "quark_check"
+        assert Path(file or "").is_relative_to(copied), (name, file)
+
+
+def test_package_imports_no_vllm():
+    """No module of it does, in any function: by name, or by what lies above it."""
+    needs = {"rich", "numpy", "regex", "huggingface_hub", "matplotlib"}
+    files = list(COMMAND.rglob("*.py"))
+    assert len(files) > 30
+    for file in files:
+        depth = len(file.relative_to(COMMAND).parts)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names = {each.name.partition(".")[0] for each in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = {(node.module or "").partition(".")[0]}
+            else:
+                assert getattr(node, "level", None) in (None, *range(1, depth + 1))
+                continue
+            assert names <= needs | sys.stdlib_module_names, (file, names)
+
+
+@pytest.mark.parametrize("where", ["checkout", "installed"])
+def test_as_a_module(where: str, tmp_path: Path):
+    """`python -m`, in a checkout where no vLLM is installed, and beside the one that
+    is."""
+    module = "vllm.model_executor.layers.quantization.quark.quark_check"
+    flags, here, path = ["-S"], ROOT, str(packages_of_rich(tmp_path))
+    if where == "installed":
+        flags, here, path = [], tmp_path, ""
     said = subprocess.run(
-        [sys.executable, "-S", "-m", "vllm.entrypoints.cli.quark_check", str(BASE)],
+        [sys.executable, *flags, "-m", module, str(BASE), "--no-model"],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=here,
         timeout=120,
     )
     assert said.returncode == 1, said.stderr
     assert "exclude-fused" in said.stdout
+
+
+def test_installed_folder_runs_by_its_path():
+    import vllm
+
+    folder = Path(vllm.__file__).parent.joinpath(
+        *COMMAND.relative_to(ROOT / "vllm").parts
+    )
+    said = called(sys.executable, str(folder), str(BASE))
+    assert said.returncode == 1 and "exclude-fused" in said.stdout
 
 
 @pytest.mark.parametrize(("missing", "more"), [("rich", []), ("numpy", ["--deep"])])
@@ -432,9 +484,7 @@ def test_deep_of_another_format():
 
 
 def test_layouts_are_those_of_the_rewrite():
-    from vllm.entrypoints.cli.quark_check import LAYOUTS
-
-    assert LAYOUTS == relayout.TARGETS
+    assert LAYOUTS == TARGETS
 
 
 def test_fix(tmp_path: Path):
@@ -467,11 +517,11 @@ def test_fix_to_another_layout(tmp_path: Path):
 def test_every_finding_is_documented():
     page = (ROOT / "docs/quark-check.md").read_text()
     folder = ROOT / "vllm/model_executor/layers/quantization/quark"
-    written = "".join(path.read_text() for path in folder.glob("quark_check/*.py"))
+    written = "".join(path.read_text() for path in folder.rglob("quark_check/**/*.py"))
     ids = set(re.findall(r"finding\(\s*\"([a-z0-9-]+)\"", written))
     ids |= set(re.findall(r'^[A-Z_, ]+ = (".*")$', written, re.MULTILINE))
     named = {id for each in ids for id in re.findall(r"[a-z]+(?:-[a-z0-9]+)+", each)}
-    named |= set(KINDS) | set(issues.WRONG) | set(issues.REFUSED)
+    named |= set(KINDS) | set(WRONG) | set(REFUSED)
     named |= {"int8-experts-unknown", "per-token-unknown"}
     assert len(named) > 30
     assert not {id for id in named if f"`{id}`" not in page}

@@ -17,12 +17,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import TensorInfo
-from vllm.model_executor.layers.quantization.quark.dry_run import (
-    Module,
-    Pass,
-    is_structure,
-)
+from .checkpoint import TensorInfo
+from .dry_run import Module, Pass, is_structure
 
 FILE = Path(__file__).with_name("architectures.json")
 # How an error begins that no vLLM raises: a loader that leaves parameters unfilled.

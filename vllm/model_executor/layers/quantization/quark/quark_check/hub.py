@@ -8,14 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
-    INDEX,
-    MAX_HEADER_BYTES,
-    MAX_JSON_BYTES,
-    CheckpointError,
-    misfit,
-)
-from vllm.model_executor.layers.quantization.quark.quark_check.opened import CONFIG
+from .checkpoint import INDEX, MAX_HEADER_BYTES, MAX_JSON_BYTES, CheckpointError, misfit
+from .opened import CONFIG
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What is read of each shard at once: most headers are shorter.

@@ -7,23 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import TensorInfo
-from vllm.model_executor.layers.quantization.quark.dry_run import DryRun, is_structure
-from vllm.model_executor.layers.quantization.quark.export import (
-    Export,
-    Layer,
-    Stored,
-    config_problems,
-    expert_of,
-)
-from vllm.model_executor.layers.quantization.quark.layout import (
-    MAX_EXPERTS,
-    num_experts,
-    num_layers,
-    shown,
-)
-from vllm.model_executor.layers.quantization.quark.problems import Problem, of_tensor
-from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
+from .architectures import (
     Asked,
     Pattern,
     Place,
@@ -32,12 +16,16 @@ from vllm.model_executor.layers.quantization.quark.quark_check.architectures imp
     general,
     of_dry_run,
 )
-from vllm.model_executor.layers.quantization.quark.quark_check.opened import Checkpoint
-from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
-    numbers,
-    row_of,
-)
-from vllm.model_executor.layers.quantization.quark.rules import Config, is_int8
+from .checkpoint import TensorInfo
+from .config import config_problems
+from .dry_run import DryRun, is_structure
+from .export import Export, Layer
+from .layout import MAX_EXPERTS, num_experts, num_layers, shown
+from .opened import Checkpoint
+from .problems import Problem, of_tensor
+from .releases import numbers, row_of
+from .rules import Config, is_int8
+from .weights import Stored, expert_of
 
 # What this fork stands on, where architectures.json is asked.
 BASE = "0.20.2"

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Generator
 from pathlib import Path
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import misfit
+from .checkpoint import misfit
 
 SECONDS = 60.0
 NUM_BYTES = 4 << 30

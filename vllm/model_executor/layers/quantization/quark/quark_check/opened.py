@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
+from .checkpoint import (
     INDEX,
     Files,
     LocalFiles,
@@ -18,9 +18,10 @@ from vllm.model_executor.layers.quantization.quark.checkpoint import (
     read_checkpoint,
     read_json,
 )
-from vllm.model_executor.layers.quantization.quark.export import Export, check_config
-from vllm.model_executor.layers.quantization.quark.layout import first_value
-from vllm.model_executor.layers.quantization.quark.rules import Config, has_int8
+from .config import check_config
+from .export import Export
+from .layout import first_value
+from .rules import Config, has_int8
 
 CONFIG = "config.json"
 # Weights in formats of other programs.

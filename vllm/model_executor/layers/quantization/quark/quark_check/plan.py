@@ -6,7 +6,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vllm.model_executor.layers.quantization.quark.export import (
+from .known import Known
+from .layout import layer_index
+from .opened import Checkpoint
+from .rules import Config, Entries, is_int8, is_static, part_of
+from .weights import (
     INPUT_SCALE,
     INPUT_ZERO_POINT,
     SCALE,
@@ -16,16 +20,6 @@ from vllm.model_executor.layers.quantization.quark.export import (
     Stored,
     expert_of,
     modules_of,
-)
-from vllm.model_executor.layers.quantization.quark.layout import layer_index
-from vllm.model_executor.layers.quantization.quark.quark_check.known import Known
-from vllm.model_executor.layers.quantization.quark.quark_check.opened import Checkpoint
-from vllm.model_executor.layers.quantization.quark.rules import (
-    Config,
-    Entries,
-    is_int8,
-    is_static,
-    part_of,
 )
 
 # The numbers of a layer and of an expert in a module's name.

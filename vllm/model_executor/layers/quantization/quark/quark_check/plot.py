@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from vllm.model_executor.layers.quantization.quark.checkpoint import misfit
-from vllm.model_executor.layers.quantization.quark.quark_check.deep import ModuleStats
+
+from .checkpoint import misfit
+from .deep.measure import ModuleStats
 
 NUM_BINS = 40
 # Told apart by the hatching as well as by the colour.

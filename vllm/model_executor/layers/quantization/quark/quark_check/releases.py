@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 # right, and nobody has looked.
 Outcome = Literal["right", "unknown", "wrong", "refused"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-
 FORK_GPU, FORK_CPU = "this fork, GPU", "this fork, CPU"
 FORK = (FORK_GPU, FORK_CPU)
 

@@ -12,32 +12,18 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from vllm.model_executor.layers.quantization.quark.quark_check.findings import Finding
-from vllm.model_executor.layers.quantization.quark.quark_check.known import Known
-from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
-    Checkpoint,
-    quantization_config,
-)
-from vllm.model_executor.layers.quantization.quark.quark_check.plan import (
-    Kind,
-    by_layer,
-    scheme_of,
-)
-from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
-    fact,
-    facts_file,
-    releases,
-    without,
-)
-from vllm.model_executor.layers.quantization.quark.quark_check.verdicts import Judgement
-from vllm.model_executor.layers.quantization.quark.rules import (
-    part_of,
-)
+
+from .findings import Finding
+from .known import Known
+from .opened import Checkpoint, quantization_config
+from .plan import Kind, by_layer, scheme_of
+from .releases import fact, facts_file, releases, without
+from .rules import part_of
+from .verdicts import Judgement
 
 # Of the JSON. It grows when a key changes its meaning or goes, not when one is added.
 VERSION = 1
 FINE, WRONG, UNREADABLE = 0, 1, 2
-
 _WORDS = {
     "wrong": "garbage",
     "right": "right",

@@ -15,22 +15,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
-    CheckpointError,
-    Files,
-    misfit,
-)
-from vllm.model_executor.layers.quantization.quark.dry_run import DryRun, dry_run
-from vllm.model_executor.layers.quantization.quark.quark_check.hub import find
-from vllm.model_executor.layers.quantization.quark.quark_check.known import know
-from vllm.model_executor.layers.quantization.quark.quark_check.limits import bounded
-from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
-    CONFIG,
-    Checkpoint,
-    open_checkpoint,
-)
-from vllm.model_executor.layers.quantization.quark.quark_check.plan import make_plan
-from vllm.model_executor.layers.quantization.quark.quark_check.report import (
+
+from .checkpoint import CheckpointError, Files, misfit
+from .dry_run import DryRun, dry_run
+from .hub import find
+from .known import know
+from .limits import bounded
+from .opened import CONFIG, Checkpoint, open_checkpoint
+from .plan import make_plan
+from .report import (
     UNREADABLE,
     Report,
     error_json,
@@ -39,7 +32,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check.report import (
     show,
     to_json,
 )
-from vllm.model_executor.layers.quantization.quark.quark_check.verdicts import judge
+from .verdicts import judge
 
 
 def check(folder: Path, files: Files | None = None, ask: bool = False) -> Report:
@@ -93,9 +86,7 @@ def look_deep(
 ) -> Report:
     """The report with what the tensors of a folder say. Raises CheckpointError."""
     # Headers need neither numpy nor matplotlib.
-    from vllm.model_executor.layers.quantization.quark.quark_check.deep import (
-        deep_findings,
-    )
+    from .deep.find import deep_findings
 
     checkpoint = report.checkpoint
     if report.known is None:
@@ -104,9 +95,7 @@ def look_deep(
     with _progress("reading") as progress:
         found = deep_findings(report.known, reference, progress)
     if plot is not None:
-        from vllm.model_executor.layers.quantization.quark.quark_check.plot import (
-            write_histogram,
-        )
+        from .plot import write_histogram
 
         write_histogram(found.modules, plot, checkpoint.name)
     judgement = judge(checkpoint, report.known, found.findings)
@@ -116,12 +105,9 @@ def look_deep(
 def fix(report: Report, folder: Path, out: Path, layout: str | None) -> Report:
     """Write the checkpoint anew; the report about what was written. Raises
     CheckpointError and ValueError."""
-    from vllm.model_executor.layers.quantization.quark.quark_check import (
-        relayout,
-        rewrite,
-    )
+    from .fix import planned, rewrite
 
-    targets: dict[str, relayout.Target] = {each: each for each in relayout.TARGETS}
+    targets: dict[str, planned.Target] = {each: each for each in planned.TARGETS}
     target = targets[layout] if layout else None
     with _progress("writing") as progress:
         written = rewrite.rewrite(folder, out, target, progress)

@@ -11,14 +11,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
-from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
-    Asked,
-    Renames,
-)
-from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
-    read_key_value_cache,
-)
-from vllm.model_executor.layers.quantization.quark.rules import Config, matches
+from .architectures import Asked, Renames
+from .opened import read_key_value_cache
+from .rules import Config, matches
 
 
 @dataclass(frozen=True)

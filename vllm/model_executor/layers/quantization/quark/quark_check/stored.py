@@ -7,21 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
-    DOWNLOAD_AGAIN,
-    DTYPE_BITS,
-    TensorInfo,
-    misfit,
-)
-from vllm.model_executor.layers.quantization.quark.export import (
-    WEIGHT,
-    Module,
-    expert_of,
-)
+
+from .checkpoint import DOWNLOAD_AGAIN, DTYPE_BITS, TensorInfo, misfit
+from .weights import WEIGHT, Module, expert_of
 
 # Elements of a tensor that are in memory at a time.
 CHUNK = 1 << 20
-
 # How numpy holds a dtype of safetensors, and the bits that are all ones in the numbers
 # of a float that are NaN or infinite.
 _INTEGERS = {
@@ -42,7 +33,6 @@ _FLOATS: Mapping[str, tuple[type, int]] = {
 }
 # numpy's own types, where it has them.
 _VIEWS: Mapping[str, type] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
-
 FLOATS = frozenset(_FLOATS)
 NUMBERS = FLOATS | frozenset(_INTEGERS)
 

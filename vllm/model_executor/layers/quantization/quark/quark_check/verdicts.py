@@ -5,22 +5,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm.model_executor.layers.quantization.quark.quark_check.findings import (
-    Finding,
-    worst_first,
-)
-from vllm.model_executor.layers.quantization.quark.quark_check.issues import (
-    deep_issue,
-    find_issues,
-)
-from vllm.model_executor.layers.quantization.quark.quark_check.known import Known
-from vllm.model_executor.layers.quantization.quark.quark_check.opened import Checkpoint
-from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
-    FORK,
-    OUTCOMES,
-    Outcome,
-    targets,
-)
+from .findings import Finding, worst_first
+from .issues.find import deep_issue, find_issues
+from .known import Known
+from .opened import Checkpoint
+from .releases import FORK, OUTCOMES, Outcome, targets
 
 # What headers can only suspect; --deep settles it.
 _SUSPICIONS = ("expert-zero-points", "zero-points-stored")

@@ -21,33 +21,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
-    INDEX,
-    CheckpointError,
-    TensorInfo,
-    misfit,
-    read_checkpoint,
-)
-from vllm.model_executor.layers.quantization.quark.export import (
-    COMPANIONS,
-    SCALE,
-    WEIGHT,
-)
-from vllm.model_executor.layers.quantization.quark.quark_check.opened import CONFIG
-from vllm.model_executor.layers.quantization.quark.quark_check.relayout import (
-    Piece,
-    Plan,
-    Target,
-    as_they_are,
-    default_plan,
-    make_header,
-    make_plan,
-    one_by_one,
-)
+from ..checkpoint import INDEX, CheckpointError, TensorInfo, misfit, read_checkpoint
+from ..opened import CONFIG
+from ..weights import COMPANIONS, SCALE, WEIGHT
+from .planned import Piece, Plan, Target, make_header
+from .relayout import default_plan, make_plan
+from .tensors import as_they_are, one_by_one
 
 # Called with the bytes written and verified so far, and those to be in all.
 Progress = Callable[[int, int], None]
-
 CHUNK_BYTES = 8 << 20
 _FORMAT = 1  # of the state file and of what is written
 

@@ -14,7 +14,6 @@ NUM_EXPERTS = (
 )
 # Of stacked tensors that are taken apart; far beyond any real model.
 MAX_EXPERTS = 100_000
-
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 
 

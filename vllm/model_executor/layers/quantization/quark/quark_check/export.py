@@ -6,48 +6,38 @@ A model that is being built asks for the quantization of its layers one by one, 
 vLLM's names. Here each is answered from the tensors that the layer will take: stored as
 floats without a scale, it is a float layer, whatever `exclude` says; stored as INT8, it
 is what the config says of these very tensors. Names are never taken for what they
-sound like. Needs Python alone.
+sound like.
 """
 
-import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from math import prod
-from typing import Any, Protocol
+from typing import Protocol
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import TensorInfo
-from vllm.model_executor.layers.quantization.quark.problems import (
-    Problem,
-    of_tensor,
-)
-from vllm.model_executor.layers.quantization.quark.rules import (
+from .checkpoint import TensorInfo
+from .problems import Problem, of_tensor
+from .rules import (
     Config,
     Entries,
-    has_int8,
     is_int8,
-    is_static,
     matches,
     part_of,
     same_scheme,
     scheme_problem,
 )
+from .weights import (
+    COMPANIONS,
+    SCALE,
+    WEIGHT,
+    Stored,
+    expert_of,
+    modules_of,
+    stored_problem,
+)
 
-# Suffix of a tensor -> the tensor, for one module.
-Module = dict[str, TensorInfo]
-
-WEIGHT, SCALE, ZERO_POINT = "weight", "weight_scale", "weight_zero_point"
-INPUT_SCALE, INPUT_ZERO_POINT = "input_scale", "input_zero_point"
-# What is stored beside an INT8 weight, and read or ignored together with it.
-COMPANIONS = (SCALE, ZERO_POINT, INPUT_SCALE, INPUT_ZERO_POINT)
-SCALES = (SCALE, INPUT_SCALE)
-
-FLOATS = ("F16", "BF16", "F32")
-INTEGERS = ("I8", "U8", "I16", "I32", "I64")
-_EXPERT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d{1,9})\.")
 # What models fuse that have no packed_modules_mapping to tell it, by vLLM's names: some
 # only have it in their load_weights, where it cannot be asked for. Of the ways in which
 # the parts may be called, the one that the files have. Complete for the releases that
@@ -65,155 +55,10 @@ USUAL_SHARDS: Mapping[str, Sequence[tuple[str, ...]]] = {
 }
 
 
-def modules_of(tensors: Iterable[TensorInfo]) -> dict[str, Module]:
-    """The tensors by module: `model.layers.0.mlp.down_proj` -> suffix -> tensor."""
-    modules: dict[str, Module] = defaultdict(dict)
-    for tensor in tensors:
-        module, _, suffix = tensor.name.rpartition(".")
-        modules[module][suffix] = tensor
-    return dict(modules)
-
-
-def expert_of(name: str) -> tuple[str, int] | None:
-    """(`model.layers.3.moe.experts`, 7) for a name below that expert, else None."""
-    found = _EXPERT.match(name)
-    return (found["prefix"], int(found["expert"])) if found else None
-
-
-def int8_with_scales(tensors: Mapping[str, TensorInfo]) -> Iterator[TensorInfo]:
-    """INT8 weights that have a scale beside them, whatever the config says."""
-    for name, tensor in tensors.items():
-        if tensor.dtype == "I8" and f"{name}_scale" in tensors:
-            yield tensor
-
-
-def _online_rotation(config: Config) -> str | None:
-    """The online rotation that a config's algo_config has, if any: r3, r4 and an online
-    r1 turn activations while the model runs; r1 and r2 alone are in the weights."""
-    algorithms = config.get("algo_config")
-    for each in algorithms if isinstance(algorithms, list) else [algorithms]:
-        if isinstance(each, Mapping) and each.get("name") in ("rotation", "quarot"):
-            for key in ("online_r1_rotation", "r3", "r4"):
-                if each.get(key):
-                    return key
-    return None
-
-
-def _is_objects(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(each, dict) for each in value.values()
-    )
-
-
-def check_config(config: Config) -> None:
-    """Raise CheckpointError for a quantization_config of INT8 that cannot be read."""
-    for problem in config_problems(config):
-        if problem.id == "config-unreadable":
-            raise problem.error
-
-
-def config_problems(config: Config) -> Iterator[Problem]:
-    """What is wrong with a quantization_config as a whole."""
-    scheme = config.get("global_quant_config")
-    kinds = ("weight", "input_tensors")
-    is_scheme = isinstance(scheme, dict) and all(
-        # FP8 with INT4 has a list of two.
-        isinstance(scheme.get(kind) or {}, (dict, list))
-        for kind in kinds
-    )
-    if is_scheme and not has_int8(config):
-        return
-    export = config.get("export")
-    is_export = isinstance(export, dict) and (
-        _is_names(export.get("kv_cache_group") or [])
-    )
-    overrides = ("layer_quant_config", "layer_type_quant_config")
-    wrong = {
-        "global_quant_config": not is_scheme,
-        "export": not is_export,
-        "exclude": not _is_names(config.get("exclude")),
-        **{key: not _is_objects(config.get(key) or {}) for key in overrides},
-    }
-    for key, is_wrong in wrong.items():
-        if is_wrong:
-            expected = "a list of names" if key == "exclude" else "an object"
-            if key in overrides:
-                expected = "an object of objects"
-            if key == "export" and isinstance(export, dict):
-                key, expected = "export.kv_cache_group", "a list of names or null"
-                found: object = export.get("kv_cache_group")
-            else:
-                found = config.get(key, "nothing")
-            yield Problem(
-                "config-unreadable",
-                f"config.json, quantization_config, {key}",
-                expected,
-                f"{found!r:.100}",
-            )
-            return
-    if rotation := _online_rotation(config):
-        yield Problem(
-            "rotation-not-applied",
-            "config.json, quantization_config, algo_config",
-            "no rotation that is applied while the model runs",
-            f"{rotation} true",
-        )
-    if isinstance(export, dict) and export.get("weight_format") == "fake_quantized":
-        yield Problem(
-            "fake-quantized",
-            "config.json, quantization_config, export.weight_format",
-            "real_quantized",
-            "'fake_quantized'",
-        )
-
-
-def number_problems(settings: Mapping[str, Any], at: str = "") -> Iterator[Problem]:
-    """Whole numbers of config.json that are beyond all that a computer counts with."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from number_problems(value, f"{at}{key}.")
-        elif isinstance(value, int) and abs(value) >= 1 << 63:
-            name = f"config.json, {at}{key}"
-            found = f"one of {value.bit_length()} bits"
-            yield Problem("config-unreadable", name, "a number of 64 bits", found)
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
-
-
 class Mapper(Protocol):
     """vLLM's WeightsMapper: names in the checkpoint -> vLLM's names."""
 
     def apply_list(self, values: list[str]) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One weight of the checkpoint: module, tensor, and what lies beside it by suffix:
-    `weight_scale` and so on."""
-
-    module: str
-    weight: TensorInfo
-    companions: Mapping[str, TensorInfo]
-
-    @property
-    def is_float(self) -> bool:
-        return self.weight.dtype in FLOATS
-
-    @property
-    def kind(self) -> str:
-        """Its dtype; all floats that a model may have are one kind."""
-        return "float" if self.is_float else self.weight.dtype
-
-    def names(self, prefix: str = "") -> tuple[str, ...]:
-        """What a config may call it: its own name, and the one of the fused layer of
-        experts `prefix`, "" for none; stacked ones also as if each were on its own."""
-        if not prefix:
-            return (self.module,)
-        last = self.module.rpartition(".")[2]
-        first = (f"{prefix}.0.{last}",) if len(self.weight.shape) == 3 else ()
-        return self.module, prefix, *first
 
 
 @dataclass(frozen=True)
@@ -525,63 +370,3 @@ class Export:
 
 def _shown(stored: Stored) -> str:
     return f"{stored.weight.name} as {stored.weight.dtype}"
-
-
-def stored_problem(stored: Stored, config: Config) -> Problem | None:
-    """What does not fit of an INT8 weight and the tensors beside it."""
-    weight = stored.weight
-    rank = 3 if expert_of(stored.module + ".") is None else 2
-    if not 2 <= len(weight.shape) <= rank:
-        expected, found = "[N, K], or [E, N, K] for experts", str(list(weight.shape))
-        return of_tensor("weight-misshapen", weight, expected, found)
-    experts = weight.shape[:-2]
-    per_channel = config["weight"]["qscheme"] == "per_channel"
-    channels = weight.shape[:-1] if per_channel else experts
-    static = is_static(config)
-    for suffix, dtypes, shape, required in (
-        (SCALE, FLOATS, channels, True),
-        (ZERO_POINT, INTEGERS, channels, False),
-        (INPUT_SCALE, FLOATS, experts, static),
-        (INPUT_ZERO_POINT, INTEGERS, experts, False),
-    ):
-        tensor = stored.companions.get(suffix)
-        if problem := companion_problem(
-            weight, suffix, tensor, dtypes, shape, required
-        ):
-            return problem
-    return None
-
-
-def must_be_zero(suffix: str, is_experts: bool, config: Config) -> bool:
-    """Whether this is a zero point that kernels ignore: of linear layers they read
-    that of static activations."""
-    if suffix != INPUT_ZERO_POINT or is_experts:
-        return suffix in (ZERO_POINT, INPUT_ZERO_POINT)
-    return part_of(config, "input_tensors").get("symmetric") is not False
-
-
-def companion_problem(
-    weight: TensorInfo,
-    suffix: str,
-    tensor: TensorInfo | None,
-    dtypes: tuple[str, ...],
-    shape: tuple[int, ...],
-    required: bool,
-) -> Problem | None:
-    """Of a scale or zero point: it has `shape`, or that with a last dimension of 1."""
-    if tensor is None:
-        if not required:
-            return None
-        stem = weight.name.removesuffix(WEIGHT)
-        expected = f"{stem}{suffix} {list(shape)} beside it"
-        return of_tensor("scale-missing", weight, expected, "no such tensor")
-    if tensor.dtype not in dtypes:
-        expected = " or ".join(dtypes)
-        return of_tensor("scale-of-other-dtype", tensor, expected, tensor.dtype)
-    if tensor.shape not in (shape, (*shape, 1)) and not (
-        prod(shape) == 1 and tensor.shape in ((), (1,))
-    ):
-        expected = f"{list(shape)} or {[*shape, 1]} for {weight}"
-        found = str(list(tensor.shape))
-        return of_tensor("scale-misshapen", tensor, expected, found)
-    return None

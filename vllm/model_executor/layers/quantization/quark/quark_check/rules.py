@@ -24,7 +24,6 @@ except ImportError:
     regex = None
 
 Config = Mapping[str, Any]
-
 _GLOB_CHARACTERS = frozenset("*?[")
 # Microseconds is what a sane expression takes with a name.
 MATCH_SECONDS = 1.0

@@ -10,17 +10,12 @@ cannot change an answer: the engine logs it once. Needs Python alone.
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm.model_executor.layers.quantization.quark.checkpoint import (
-    CheckpointError,
-    TensorInfo,
-    misfit,
-)
+from .checkpoint import CheckpointError, TensorInfo, misfit
 
 Severity = Literal["error", "warning"]
 # What vLLM's releases make of it: garbage, an error of their own, the same as without
 # it, or what nobody looked into.
 Outcome = Literal["wrong", "refused", "right", "unknown"]
-
 EXPORT_AGAIN = "export the checkpoint again"
 
 
