@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What is asked about one export, and what was found so far."""
+"""What is asked about one export while its model is built, and what was found."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
