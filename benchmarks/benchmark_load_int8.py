@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build/load"
 RUNS = 9
 SHARD_BYTES = 400 << 20
-CHECKS = "vllm/model_executor/layers/quantization/quark/load_checks.py"
+CHECKS = "vllm/model_executor/layers/quantization/quark/load_checks/loading.py"
 MAX_COST = 0.03
 # As many experts as Step-3.5-Flash has, of next to no size; the first layer is dense.
 SMALL: dict[str, int] = dict(

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = ROOT / "vllm/entrypoints/cli/quark_check.py"
+COMMAND = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
 CONFIG = ROOT / "tests/fixtures/step3p5-tiny/int8-per-expert/config.json"
 # Step-3.5-Flash's widths and depth, with as many experts as make 100,000 tensors.
 LAYERS, DENSE, EXPERTS, HIDDEN, WIDTH = 45, 3, 397, 4096, 1024
