@@ -6,14 +6,19 @@ from unittest.mock import patch
 
 from triton import JITFunction
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
-from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_kernels
+from vllm.model_executor.layers.fused_moe.experts.quark_int8 import (
+    experts,
+    few_kernels,
+    product_kernels,
+    sort_kernels,
+)
 from vllm.model_executor.layers.fused_moe.router import triton_router
 from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
 
 # What launches the fork's own kernels: of the INT8 MoE, of INT8 linear layers of few
 # tokens, of attention's gate with more of them, of its queries and keys.
 _LAUNCHES = {
-    "moe": (int8_moe, "run_int8_experts"),
+    "moe": (experts, "apply_experts"),
     "linear": (int8_few_tokens, "run_int8_linear"),
     "gate": (int8_few_tokens, "run_gate_and_quantize"),
     "heads": (qk_norm_rope, "launch"),
@@ -44,7 +49,9 @@ class Watched:
         return sum(
             len(cache[0])
             for module in (
-                int8_moe_kernels,
+                sort_kernels,
+                product_kernels,
+                few_kernels,
                 int8_few_tokens,
                 triton_router,
                 qk_norm_rope,

@@ -25,8 +25,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
-from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_hopper
-from vllm.model_executor.layers.fused_moe.int8_moe_configs import Architecture
+from vllm.model_executor.layers.fused_moe.experts.quark_int8 import (
+    few_kernels,
+    few_tokens,
+    hopper_kernels,
+    many_tokens,
+    product_kernels,
+    sort_kernels,
+)
+from vllm.model_executor.layers.fused_moe.experts.quark_int8.layer import apply_experts
+from vllm.model_executor.layers.fused_moe.experts.quark_int8.tensors import (
+    Experts,
+    Routing,
+    shape_of,
+)
+from vllm.model_executor.layers.fused_moe.experts.quark_int8.tiles import (
+    Architecture,
+    choose_config,
+)
 from vllm.model_executor.layers.fused_moe.router import triton_router
 from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
 
@@ -76,29 +92,27 @@ def run_experts(
     bias: bool = False,
 ) -> None:
     """The fused MoE on tensors without memory; this rank has num_experts of num_ids."""
-    shape = num_experts, hidden_size, width
-    int8_moe.run_int8_experts(
-        int8_moe.choose(architecture, num_tokens, topk, num_ids, *shape),
-        empty(num_tokens, hidden_size, dtype=torch.bfloat16),
+    experts = Experts(
         empty(num_experts, 2 * width, hidden_size, dtype=torch.int8),
         empty(num_experts, hidden_size, width, dtype=torch.int8),
-        empty(num_tokens, topk),
-        empty(num_tokens, topk, dtype=torch.int32),
-        None,
-        False,
-        empty(num_ids, dtype=torch.int32) if num_ids > num_experts else None,
         empty(num_experts, 2 * width, 1),
         empty(num_experts, hidden_size, 1),
-        None,
-        None,
-        empty(num_experts, 2 * width) if bias else None,
-        empty(num_experts, hidden_size) if bias else None,
+        w13_bias=empty(num_experts, 2 * width) if bias else None,
+        w2_bias=empty(num_experts, hidden_size) if bias else None,
     )
+    routing = Routing(
+        empty(num_tokens, topk, dtype=torch.int32),
+        empty(num_tokens, topk),
+        empty(num_ids, dtype=torch.int32) if num_ids > num_experts else None,
+    )
+    x = empty(num_tokens, hidden_size, dtype=torch.bfloat16)
+    config = choose_config(architecture, shape_of(experts, routing))
+    apply_experts(x, experts, routing, torch.empty_like(x), config)
 
 
 def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
     found = []
-    modules = int8_moe.kernels, int8_moe_hopper
+    modules = few_kernels, hopper_kernels, product_kernels, sort_kernels
     of_the_moe = {id(value) for module in modules for value in vars(module).values()}
 
     def record(kernel: Any, grid: Any, pdl: bool, *args: Any, **options: Any) -> None:
@@ -109,7 +123,7 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
             options["launch_pdl"] = True
         found.append((kernel, args, options | {"PDL": pdl}))
 
-    int8_moe.launch = int8_few_tokens.launch = record
+    many_tokens.launch = few_tokens.launch = int8_few_tokens.launch = record
     triton_router.launch = qk_norm_rope.launch = record
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
         run_experts(architecture, num_tokens, TOPK, EXPERTS, EXPERTS, HIDDEN, width)

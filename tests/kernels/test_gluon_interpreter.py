@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from vllm.model_executor.layers.fused_moe import int8_moe_hopper
+from vllm.model_executor.layers.fused_moe.experts.quark_int8 import hopper_kernels
 
 from tests.kernels.gluon_interpreter import interpret
 
@@ -16,14 +16,13 @@ BLOCK = 32
 STEPS, EXPERTS, COLUMNS = 5, 2, 48
 # Of both kernels.
 OPTIONS: dict[str, Any] = dict(
-    BLOCK_M=BLOCK,
-    BLOCK_N=BLOCK,
-    BLOCK_K=BLOCK,
+    BLOCK_SIZE_M=BLOCK,
+    BLOCK_SIZE_N=BLOCK,
+    BLOCK_SIZE_K=BLOCK,
     STAGES=3,
     NUM_WARPS=4,
     PER_CHANNEL=False,
     HAS_BIAS=False,
-    WEIGH=False,
     PDL=False,
     num_warps=4,
 )
@@ -56,6 +55,7 @@ def run_w2(module: ModuleType, programs: int = 2) -> bool:
         k,
         0,
         COLUMNS,
+        APPLY_ROUTER_WEIGHT=False,
         **OPTIONS,
     )
     of_pairs = w[experts.repeat_interleave(BLOCK).long()][:pairs]
@@ -77,7 +77,6 @@ def run_w13(module: ModuleType) -> bool:
         box(w.view(-1, k)),
         torch.ones(1),
         None,
-        None,
         torch.arange(2 * BLOCK, dtype=torch.int32),
         torch.zeros(2, dtype=torch.int32),
         torch.tensor([2], dtype=torch.int32),
@@ -96,8 +95,8 @@ def run_w13(module: ModuleType) -> bool:
 
 
 def changed(tmp_path: Path, old: str, new: str) -> ModuleType:
-    assert int8_moe_hopper.__file__
-    source = Path(int8_moe_hopper.__file__).read_text()
+    assert hopper_kernels.__file__
+    source = Path(hopper_kernels.__file__).read_text()
     assert old in source
     file = tmp_path / "changed.py"
     file.write_text(source.replace(old, new))
@@ -105,8 +104,8 @@ def changed(tmp_path: Path, old: str, new: str) -> ModuleType:
 
 
 def test_right_kernels_are_right() -> None:
-    assert run_w2(int8_moe_hopper) and run_w13(int8_moe_hopper)
-    assert run_w2(int8_moe_hopper, programs=7)
+    assert run_w2(hopper_kernels) and run_w13(hopper_kernels)
+    assert run_w2(hopper_kernels, programs=7)
 
 
 # What is changed in the kernels, and what is said of it.
@@ -152,7 +151,11 @@ MISTAKES = {
         "warpgroup_mma_wait(1",
         "wrong|unfinished",
     ),
-    "rows of another tile": ("a_row = i // num_n * BLOCK_M", "a_row = tile", "wrong"),
+    "rows of another tile": (
+        "a_row = i // num_n * BLOCK_SIZE_M",
+        "a_row = tile",
+        "wrong",
+    ),
     "columns beyond the tensor": ("mask=mask)", "mask=None)", "outside"),
 }
 

@@ -146,7 +146,7 @@ def test_ranks_add_up(
         asked.append(arguments)
         return torch.ones(1)
 
-    monkeypatch.setattr(torch.ops.vllm, "int8_linear", int8_linear)
+    monkeypatch.setattr(torch.ops.quark_int8, "int8_linear", int8_linear)
     monkeypatch.setattr(int8_gated, "tensor_model_parallel_all_reduce", lambda x: 2 * x)
     out = int8_gated.gated_linear(make_layer(**changes), "x", "gate")  # type: ignore
     assert asked == [("x", "weight", "scale", None, None, "gate")]

@@ -11,11 +11,30 @@ def cuda(major: int, minor: int) -> Platform:
 
     class Pretended(Platform):
         _enum = PlatformEnum.CUDA
+        device_name = device_type = "cuda"
 
         # In a cache as upstream's, into which torch.compile cannot look.
         @classmethod
         @cache
         def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
             return DeviceCapability(major, minor)
+
+    return Pretended()
+
+
+def rocm() -> Platform:
+    """A GPU of AMD's."""
+
+    class Pretended(Platform):
+        _enum = PlatformEnum.ROCM
+        device_name, device_type = "rocm", "cuda"
+
+    return Pretended()
+
+
+def cpu() -> Platform:
+    class Pretended(Platform):
+        _enum = PlatformEnum.CPU
+        device_name = device_type = "cpu"
 
     return Pretended()

@@ -392,33 +392,6 @@ def test_quant_config_selection(weight, static, flags, has_bias, quark_dict, rng
         assert config.w1_bias is None and config.w2_bias is None
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_scheme_that_the_triton_kernel_misreads_is_refused(
-    backend, capability, quark_dict, monkeypatch
-):
-    """Where that kernel is the one that runs; those of int8_moe.py read it."""
-    layer = build(quark_dict())
-    layer.moe_config.moe_backend = backend
-    platform = type(current_platform)
-    monkeypatch.setattr(platform, "is_cpu", lambda self: False)
-    monkeypatch.setattr(platform, "is_cuda", lambda self: True)
-    monkeypatch.setattr(
-        platform,
-        "is_device_capability",
-        classmethod(lambda _, wanted: wanted == capability),
-    )
-    config = QuarkConfig.from_config(quark_dict(static=True))
-    name = "model.layers.0.moe.experts"
-    if backend == "auto" and capability == 90:
-        method = config.get_quant_method(layer, name)
-        assert isinstance(method, QuarkW8A8Int8MoEMethod)
-        return
-    reason = "this is no Hopper GPU" if capability == 80 else "--moe-backend is triton"
-    with pytest.raises(NotImplementedError, match=rf"{name}: .* serve: {reason}$"):
-        config.get_quant_method(layer, name)
-
-
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
 def test_method_selection(weight, static, quark_dict):

@@ -92,7 +92,7 @@ def test_matches_float64(
     cos_sin = make_rope(head_dim, rotary_dim, dtype).cos_sin_cache
     q_weight, k_weight = make_weights(head_dim, rng)
     before = wide.clone()
-    q, k = torch.ops.vllm.qk_norm_rope(
+    q, k = torch.ops.quark_int8.qk_norm_rope(
         qkv, positions, cos_sin, q_weight, k_weight, EPS, num_heads, num_kv_heads
     )
     assert torch.equal(wide, before)
@@ -144,7 +144,7 @@ def test_matches_upstreams_modules(rotary_dim: int, rng: torch.Generator) -> Non
 def test_no_tokens() -> None:
     qkv = torch.empty(0, 4 * 16, dtype=torch.bfloat16)
     cos_sin, weight = torch.empty(50, 16), torch.empty(16)
-    q, k = torch.ops.vllm.qk_norm_rope(
+    q, k = torch.ops.quark_int8.qk_norm_rope(
         qkv, torch.empty(0, dtype=torch.int64), cos_sin, weight, weight, EPS, 2, 1
     )
     assert q.shape == (0, 32) and k.shape == (0, 16)
@@ -214,14 +214,16 @@ def test_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.empty(0, 64, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int64)
     )
     [graph] = graphs
-    assert torch.ops.vllm.qk_norm_rope in {node.target for node in graph.graph.nodes}
+    assert torch.ops.quark_int8.qk_norm_rope in {
+        node.target for node in graph.graph.nodes
+    }
 
 
 def test_importing_the_model_is_enough() -> None:
     """A graph from torch.compile's cache names the operator, and nothing else runs."""
     code = (
         "import torch, vllm.model_executor.models.step3p5\n"
-        "print(torch.ops.vllm.qk_norm_rope)"
+        "print(torch.ops.quark_int8.qk_norm_rope)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "vllm.qk_norm_rope" in done.stdout, done.stderr[-2000:]

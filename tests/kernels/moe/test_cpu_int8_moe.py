@@ -8,24 +8,20 @@ and a wrong scale, weight or activation by tens of percent.
 """
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from vllm.model_executor.layers import fused_moe
-from vllm.model_executor.layers.fused_moe import cpu_int8_moe
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
-from vllm.model_executor.layers.fused_moe.cpu_int8_moe import cpu_int8_fused_experts
 from vllm.model_executor.layers.fused_moe.cpu_moe_utils import activate
-from vllm.model_executor.layers.quantization.quark import quark_moe
-from vllm.model_executor.layers.quantization.quark.quark_moe import (
-    QuarkW8A8Int8MoEMethod,
-)
+from vllm.model_executor.layers.fused_moe.experts import quark_int8_cpu
+from vllm.model_executor.layers.fused_moe.experts.quark_int8_cpu import Int8CpuExperts
 from vllm.platforms import current_platform
+
+from tests.kernels.moe.utils import make_moe_config, run_experts_class
 
 pytestmark = pytest.mark.skipif(
     not current_platform.is_cpu(), reason="needs a vLLM built for CPUs"
@@ -146,16 +142,29 @@ DEFAULTS = Options()
 
 
 def run(experts: Experts, batch: Batch, options: Options = DEFAULTS) -> Tensor:
-    return cpu_int8_fused_experts(
+    """Through the modular kernel, as the engine."""
+    num_tokens, top_k = batch.topk_ids.shape
+    num_ids = len(experts.w13 if options.expert_map is None else options.expert_map)
+    moe_config = make_moe_config(
+        num_ids,
+        top_k,
+        experts.w2.shape[1],
+        experts.w2.shape[2],
+        num_local_experts=len(experts.w13),
+        activation=options.activation,
+        in_dtype=batch.hidden_states.dtype,
+    )
+    return run_experts_class(
+        Int8CpuExperts,
+        moe_config,
+        experts.quant_config,
         batch.hidden_states,
         experts.w13,
         experts.w2,
         batch.topk_weights,
         batch.topk_ids,
-        options.activation,
-        options.router_weight_on_input,
         options.expert_map,
-        experts.quant_config,
+        options.router_weight_on_input,
     )
 
 
@@ -183,8 +192,10 @@ def in_float64(experts: Experts, batch: Batch, options: Options) -> Tensor:
     def apply(expert: int, x: Tensor, router_weight: Tensor) -> Tensor:
         e, on_input = experts, options.router_weight_on_input
         b13, b2 = (b if b is None else b[expert] for b in (e.w13_bias, e.w2_bias))
-        h = project(x, e.a13_scale, e.w13[expert], e.w13_scale[expert], b13)
-        gate, up = (h * router_weight if on_input else h).chunk(2)
+        x = x * router_weight if on_input else x
+        gate, up = project(
+            x, e.a13_scale, e.w13[expert], e.w13_scale[expert], b13
+        ).chunk(2)
         gate = gate / (1 + (-gate).exp())
         if options.activation == SWIGLUSTEP:
             gate, up = gate.clamp(max=7), up.clamp(-7, 7)
@@ -367,7 +378,7 @@ def test_each_experts_weights_are_read_once(rng, monkeypatch):
         read.append(b.data_ptr())
         return a.int() @ b.int().t()
 
-    monkeypatch.setattr(cpu_int8_moe, "int8_mm", int8_mm)
+    monkeypatch.setattr(quark_int8_cpu, "int8_mm", int8_mm)
     experts, batch = make_experts(Shape(), rng), make_batch(Shape(), rng, top_k=2)
     run(experts, batch)
     used = batch.topk_ids.unique().tolist()
@@ -388,75 +399,6 @@ def test_products_are_the_exact_integers(rng):
     experts[:2] = 0
     experts = experts.sort().values
     ones = torch.ones(19, 1), torch.ones(shape.num_experts)
-    products = cpu_int8_moe._experts_mm(rows, ones[0], experts, weight, ones[1])
+    products = quark_int8_cpu._experts_mm(rows, ones[0], experts, weight, ones[1])
     expected = torch.einsum("pk,pnk->pn", rows.double(), weight[experts].double())
     assert torch.equal(products.double(), expected)
-
-
-# --- the engine ---
-
-
-def test_compiles_whole(rng):
-    """vLLM compiles the model with this in it, without a break in the graph."""
-    experts, batch = make_experts(Shape(), rng), make_batch(Shape(), rng)
-    options = Options(SWIGLUSTEP)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(experts, batch, options), run(experts, batch, options))
-
-
-def test_is_sound_where_compiled(rng):
-    experts, batch = make_experts(Shape(), rng), make_batch(Shape(), rng)
-    arguments = (
-        *(batch.hidden_states.bfloat16(), experts.w13, experts.w2),
-        *(batch.topk_weights, batch.topk_ids, SILU.value, False, None),
-        *(experts.w13_scale, experts.w2_scale, None, None, None, None),
-    )
-    torch.library.opcheck(torch.ops.vllm.cpu_int8_fused_experts.default, arguments)
-
-
-def test_other_activations_are_refused(rng):
-    with pytest.raises(ValueError, match="silu, swiglustep, not gelu: run"):
-        run(
-            make_experts(Shape(), rng),
-            make_batch(Shape(), rng),
-            Options(MoEActivation.GELU),
-        )
-
-
-def apply_quark_method(experts: Experts, batch: Batch, options: Options) -> Tensor:
-    method = QuarkW8A8Int8MoEMethod.__new__(QuarkW8A8Int8MoEMethod)
-    method.moe_quant_config = experts.quant_config
-    method.moe = SimpleNamespace(disable_inplace=True, moe_backend="auto")
-    layer = SimpleNamespace(
-        w13_weight=experts.w13,
-        w2_weight=experts.w2,
-        activation=options.activation,
-        apply_router_weight_on_input=options.router_weight_on_input,
-        expert_map=options.expert_map,
-        global_num_experts=Shape().num_experts,
-    )
-    return method.apply(
-        layer, batch.hidden_states, batch.topk_weights, batch.topk_ids, None
-    )
-
-
-def test_quark_method_passes_every_option(rng):
-    experts = make_experts(Shape(), rng, static=True, bias=True)
-    expert_map = torch.tensor([1, -1, 0, 3, 2, 4], dtype=torch.int32)
-    batch = make_batch(Shape(), rng)
-    for options in (
-        Options(SWIGLUSTEP, expert_map=expert_map),
-        Options(router_weight_on_input=True),
-    ):
-        output = apply_quark_method(experts, batch, options)
-        assert torch.equal(output, run(experts, batch, options))
-
-
-def test_other_platforms_keep_upstreams_experts(rng, monkeypatch):
-    calls = []
-    gpu = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False)
-    monkeypatch.setattr(quark_moe, "current_platform", gpu)
-    monkeypatch.setattr(fused_moe, "fused_experts", lambda **kw: calls.append(kw))
-    monkeypatch.setattr(cpu_int8_moe, "cpu_int8_fused_experts", pytest.fail)
-    apply_quark_method(make_experts(Shape(), rng), make_batch(Shape(), rng), Options())
-    assert len(calls) == 1

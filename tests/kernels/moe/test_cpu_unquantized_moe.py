@@ -472,7 +472,9 @@ def test_is_sound_where_compiled(rng: torch.Generator) -> None:
         *(torch.rand(19, 3), torch.randint(8, (19, 3)), "silu", False),
         *(torch.tensor(case.expert_map), None, None, None),
     )
-    torch.library.opcheck(torch.ops.vllm.cpu_unquantized_experts.default, arguments)
+    torch.library.opcheck(
+        torch.ops.quark_int8.cpu_unquantized_experts.default, arguments
+    )
 
 
 def test_kernel_for_amx_gets_what_it_knows(

@@ -9,13 +9,17 @@ import pytest
 from torch import nn
 from triton import JITFunction
 from vllm.config import CUDAGraphMode
-from vllm.model_executor.layers.fused_moe import int8_moe
-from vllm.model_executor.layers.fused_moe.int8_moe_configs import Architecture
-from vllm.model_executor.layers.quantization.quark.quark_moe import (
-    QuarkW8A8Int8MoEMethod,
+from vllm.model_executor.layers.fused_moe.experts.quark_int8 import (
+    few_tokens,
+    many_tokens,
+)
+from vllm.model_executor.layers.fused_moe.experts.quark_int8.experts import Int8Experts
+from vllm.model_executor.layers.fused_moe.experts.quark_int8.tiles import Architecture
+from vllm.model_executor.layers.fused_moe.experts.triton_int8_moe import (
+    TritonInt8Experts,
 )
 from vllm.model_executor.warmup import int8_warmup, kernel_warmup
-from vllm.model_executor.warmup.int8_warmup import Experts, warmup_sizes
+from vllm.model_executor.warmup.int8_warmup import Layer, warmup_sizes
 
 from tests.kernels.compile_int8 import run_experts
 
@@ -31,8 +35,9 @@ class Launches:
     ) -> None:
         self.architecture = architecture
         self.found: set[Any] = set()
-        monkeypatch.setattr(int8_moe, "launch", self.record)
-        monkeypatch.setattr(int8_moe, "num_sms", lambda x: 132)
+        for module in (few_tokens, many_tokens):
+            monkeypatch.setattr(module, "launch", self.record)
+            monkeypatch.setattr(module, "num_sms", lambda x: 132)
 
     def record(
         self, kernel: Any, grid: Any, pdl: bool, *args: Any, **options: Any
@@ -47,10 +52,10 @@ class Launches:
         key = kernel.fn.__name__, pdl, *numbers, *sorted(options.items(), key=str)
         self.found.add(key)
 
-    def run(self, num_tokens: int, experts: Experts) -> set[Any]:
+    def run(self, num_tokens: int, layer: Layer) -> set[Any]:
         """One of eight ranks' experts."""
         self.found = set()
-        run_experts(self.architecture, num_tokens, *experts[:5])
+        run_experts(self.architecture, num_tokens, *layer[:5])
         return self.found
 
 
@@ -74,26 +79,26 @@ def test_sizes_reach_every_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever a step holds, its kernels are those of a size before it."""
-    experts = Experts(*shape, dp_size)
+    layer = Layer(*shape, dp_size)
     launches = Launches(monkeypatch, architecture)
-    sizes = [*warmup_sizes(architecture, experts, 0, MAX_TOKENS), MAX_TOKENS]
+    sizes = [*warmup_sizes(architecture, layer, 0, MAX_TOKENS), MAX_TOKENS]
     assert len(sizes) <= 24
     compiled = set[Any]().union(
-        *(launches.run(size * dp_size, experts) for size in sizes)
+        *(launches.run(size * dp_size, layer) for size in sizes)
     )
     for num_tokens in {*range(1, 150), *range(151, MAX_TOKENS, 101)}:
-        needed = launches.run(num_tokens * dp_size, experts)
+        needed = launches.run(num_tokens * dp_size, layer)
         assert needed <= compiled, num_tokens
 
 
 def test_sizes_lie_between_graphs_and_the_profile_run() -> None:
     """Those of Step-3.5-Flash: tiles by the pairs of each of 288 experts; the router's
     beyond 1023 and 2047 tokens."""
-    experts = Experts(8, 288, 288, 4096, 1280, dp_size=1)
-    sizes = warmup_sizes("hopper", experts, 512, 8192)
+    layer = Layer(8, 288, 288, 4096, 1280, dp_size=1)
+    sizes = warmup_sizes("hopper", layer, 512, 8192)
     assert sizes == [513, 577, 1024, 1153, 2048]
-    assert warmup_sizes("hopper", experts, 512, 1153) == [513, 577, 1024]
-    assert warmup_sizes("hopper", experts, 512, 512) == []
+    assert warmup_sizes("hopper", layer, 512, 1153) == [513, 577, 1024]
+    assert warmup_sizes("hopper", layer, 512, 512) == []
 
 
 class Worker(SimpleNamespace):
@@ -118,7 +123,8 @@ class Worker(SimpleNamespace):
 @pytest.fixture
 def moe_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
     experts: Any = nn.Module()
-    experts.quant_method = object.__new__(QuarkW8A8Int8MoEMethod)
+    kernel = SimpleNamespace(fused_experts=object.__new__(Int8Experts))
+    experts.quant_method = SimpleNamespace(moe_kernel=kernel)
     experts.moe_config = SimpleNamespace(
         experts_per_token=2,
         num_experts=8,
@@ -127,7 +133,6 @@ def moe_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
         intermediate_size_per_partition=64,
         dp_size=1,
     )
-    monkeypatch.setattr(int8_moe, "serves", lambda moe: moe is experts.moe_config)
     monkeypatch.setattr(int8_warmup, "get_architecture", lambda: "hopper")
     yield nn.Sequential(nn.Linear(1, 1), experts)
 
@@ -144,13 +149,12 @@ def test_runs_models_of_int8_experts(moe_model: nn.Module) -> None:
     assert worker.runs == [(size, options) for size in (1, 2, 3, 5, 9)]
 
 
-def test_leaves_other_models_alone(
-    moe_model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_leaves_other_models_alone(moe_model: nn.Module) -> None:
     worker = Worker.of(nn.Linear(1, 1), [])
     int8_warmup.int8_warmup(worker)
     assert worker.runs == []
-    monkeypatch.setattr(int8_moe, "serves", lambda moe: False)  # upstream's kernel
+    kernel: Any = moe_model[1].quant_method.moe_kernel
+    kernel.fused_experts = object.__new__(TritonInt8Experts)
     worker = Worker.of(moe_model, [])
     int8_warmup.int8_warmup(worker)
     assert worker.runs == []

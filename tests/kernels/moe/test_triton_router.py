@@ -225,7 +225,7 @@ def test_gate_of_step_3p5_asks_it(monkeypatch: pytest.MonkeyPatch, vllm_config) 
         return expected + 1
 
     monkeypatch.setattr(triton_router, "serves_product", lambda *_: True)
-    monkeypatch.setattr(torch.ops.vllm, "router_logits", product)
+    monkeypatch.setattr(torch.ops.quark_int8, "router_logits", product)
     found, bias = gate(x)
     assert asked == [(x, gate.weight)] and bias is None
     torch.testing.assert_close(found, expected + 1)
@@ -237,7 +237,7 @@ def test_upstreams_operator_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_router, "serves_choice", lambda *_: True)
     monkeypatch.setattr(ops, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     monkeypatch.setattr(
-        torch.ops.vllm, "topk_sigmoid", lambda *arguments: asked.append(arguments)
+        torch.ops.quark_int8, "topk_sigmoid", lambda *arguments: asked.append(arguments)
     )
     arguments = ("weights", "ids", "rows", "logits", True, "bias")
     ops.topk_sigmoid(*arguments)

@@ -148,7 +148,7 @@ def test_static_quant_equals_upstream_kernel(rng):
 PRODUCTS: dict[str, Any] = {
     "int8_mm": int8_mm,
     "float32": cpu_int8_utils._int8_mm_in_float32,
-    "op": torch.ops.vllm.cpu_int8_mm,
+    "op": torch.ops.quark_int8.cpu_int8_mm,
 }
 each_product = pytest.mark.parametrize("product", PRODUCTS)
 
@@ -184,7 +184,7 @@ def test_product_takes_rows_that_are_apart(rng):
 
 def test_product_is_sound_where_compiled(rng):
     a, b = full_range(3, 64, rng=rng), full_range(5, 64, rng=rng)
-    torch.library.opcheck(torch.ops.vllm.cpu_int8_mm.default, (a, b))
+    torch.library.opcheck(torch.ops.quark_int8.cpu_int8_mm.default, (a, b))
 
 
 ON_EACH_ISA = """
