@@ -11,8 +11,8 @@ export VLLM_TARGET_DEVICE
 HASH := \#
 OWN_BASE := $(subst $(HASH)sha256=, ,$(VLLM_PRECOMPILED_WHEEL_LOCATION))
 # Groups of patches to build: GROUPS="fix kernels", or VLLM_QUARK_GROUPS as pip has it.
-# Two targets take GROUPS for what they are about.
-ifeq ($(filter mails test-mutants,$(MAKECMDGOALS)),)
+# Some targets take GROUPS for what they are about.
+ifeq ($(filter mails check-groups test-mutants,$(MAKECMDGOALS)),)
 ifdef GROUPS
 export VLLM_QUARK_GROUPS := $(GROUPS)
 endif
@@ -44,7 +44,7 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help install wheel demo matrix test test-nightly test-mutants fuzz fuzz-check fixtures \
     architectures \
-    fixtures-train tree patches mails check-patches lint bench bench-check \
+    fixtures-train tree patches patches-table mails check-patches check-groups lint bench bench-check \
     bench-load bench-serving stress clean
 
 help: ## list the targets
@@ -99,11 +99,17 @@ tree: $(TOOLS_READY) ## unpack the base to build/tree, one commit a patch, to ed
 patches: $(TOOLS_READY) ## write patches/ back from build/tree
 	$(BIN)/python -m tools.tree patches
 
-mails: $(TOOLS_READY) ## write the stack with its new files to build/mails for git am
-	$(BIN)/python -m tools.tree mails
+patches-table: $(TOOLS_READY) ## write patches/README.md from the patches
+	$(BIN)/python -m tools.tree table
 
-check-patches: $(TOOLS_READY) ## apply every prefix of the series to every release
-	$(BIN)/python -m tools.tree check
+mails: $(TOOLS_READY) ## write the stack with its new files to build/mails; GROUPS="fix kernels"
+	$(BIN)/python -m tools.mails $(GROUPS)
+
+check-patches: $(TOOLS_READY) ## apply the series, and each group on fix, to every release
+	$(BIN)/python -m tools.check_patches
+
+check-groups: $(FORK_READY) ## build fix with each other group; import it, load an export
+	$(BIN)/python -m tools.check_groups $(GROUPS)
 
 lint: $(LINT_READY) ## ruff and mypy
 	$(BIN)/ruff format --check .

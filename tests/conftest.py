@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures and rules that every test shares."""
 
+import ast
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.groups import has_group, installed, lacking, lacking_of_module
 from tests.process_groups import start_process_groups
 
 # Ask the driver's management library: asking CUDA would break processes forked later.
@@ -41,6 +45,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="seed of random inputs; fresh if absent")
 
 
+class LackingModule(pytest.Module):
+    """A module of tests that is not even imported: the build has not what it needs."""
+
+    group = ""
+
+    def collect(self) -> NoReturn:
+        reason = f"needs the group of patches {self.group}, which this build lacks"
+        raise pytest.skip.Exception(reason, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    if (group := lacking_of_module(module_path, HAS_GPU)) is None:
+        return None
+    module = LackingModule.from_parent(parent, path=module_path)
+    module.group = group
+    return module
+
+
+@cache
+def functions(path: Path) -> dict[int, ast.AST]:
+    """The functions of a file, by their lines and those of their decorators."""
+    found: dict[int, ast.AST] = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found |= dict.fromkeys((first, node.lineno), node)
+    return found
+
+
+def lacking_of_item(item: pytest.Item) -> str | None:
+    """A group that this test needs and the installed build lacks."""
+    for marker in item.iter_markers("needs_group"):
+        for group in marker.args:
+            if not has_group(group):
+                return group
+    code = getattr(getattr(item, "function", None), "__code__", None)
+    if installed() is None or code is None or code.co_filename != str(item.path):
+        return None
+    node = functions(item.path).get(code.co_firstlineno)
+    return lacking(node, HAS_GPU) if node else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Engines take minutes: first, so that no core waits for the last one.
     items.sort(key=lambda item: not item.nodeid.startswith("tests/v1/"))
@@ -48,6 +96,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # For the JUnit report that tools/mutants.py reads.
         for needs in item.iter_markers("needs_patch"):
             item.user_properties.append(("needs_patch", needs.args[0]))
+    for item in items:
+        if group := lacking_of_item(item):
+            reason = f"needs the group of patches {group}, which this build lacks"
+            item.add_marker(pytest.mark.skip(reason=reason))
     num_gpus = torch.cuda.device_count() if HAS_GPU else 0
     for marker, needed in (("gpu", 1), ("gpu2", 2)):
         if num_gpus >= needed:

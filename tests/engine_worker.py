@@ -1,28 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests look at inside each worker of an engine (`--worker-extension-cls`)."""
 
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 from triton import JITFunction
-from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
-from vllm.model_executor.layers.fused_moe.experts.quark_int8 import (
-    experts,
-    few_kernels,
-    product_kernels,
-    sort_kernels,
-)
-from vllm.model_executor.layers.fused_moe.router import triton_router
-from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
+
+from tests.groups import has_group
 
 # What launches the fork's own kernels: of the INT8 MoE, of INT8 linear layers of few
 # tokens, of attention's gate with more of them, of its queries and keys.
-_LAUNCHES = {
-    "moe": (experts, "apply_experts"),
-    "linear": (int8_few_tokens, "run_int8_linear"),
-    "gate": (int8_few_tokens, "run_gate_and_quantize"),
-    "heads": (qk_norm_rope, "launch"),
-}
+_LAUNCHES: dict[str, tuple[ModuleType, str]] = {}
+_KERNELS: tuple[ModuleType, ...] = ()
+if has_group("kernels"):
+    from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
+    from vllm.model_executor.layers.fused_moe.experts.quark_int8 import (
+        experts,
+        few_kernels,
+        product_kernels,
+        sort_kernels,
+    )
+    from vllm.model_executor.layers.fused_moe.router import triton_router
+    from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
+
+    _LAUNCHES = {
+        "moe": (experts, "apply_experts"),
+        "linear": (int8_few_tokens, "run_int8_linear"),
+        "gate": (int8_few_tokens, "run_gate_and_quantize"),
+        "heads": (qk_norm_rope, "launch"),
+    }
+    _KERNELS = (
+        sort_kernels,
+        product_kernels,
+        few_kernels,
+        int8_few_tokens,
+        triton_router,
+        qk_norm_rope,
+    )
 _runs = {
     what: patch.object(module, name, wraps=getattr(module, name)).start()
     for what, (module, name) in _LAUNCHES.items()
@@ -48,14 +63,7 @@ class Watched:
         """How many variants of the fork's Triton kernels it has compiled or loaded."""
         return sum(
             len(cache[0])
-            for module in (
-                sort_kernels,
-                product_kernels,
-                few_kernels,
-                int8_few_tokens,
-                triton_router,
-                qk_norm_rope,
-            )
+            for module in _KERNELS
             for kernel in vars(module).values()
             if isinstance(kernel, JITFunction)
             for cache in kernel.device_caches.values()

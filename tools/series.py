@@ -151,6 +151,22 @@ def series_release(folder: Path) -> str:
     )
 
 
+def group_lines(folder: Path) -> dict[str, str]:
+    """What the comments `# <group>: ...` say of each group."""
+    found: dict[str, str] = {}
+    group = ""
+    for line in [*series_lines(folder), ""]:
+        if match := re.fullmatch(r"# ([a-z0-9]+): (.*)", line):
+            group = match[1]
+            found[group] = match[2].strip()
+        elif group and line.startswith("# "):
+            found[group] += f" {line[2:].strip()}"
+        else:
+            group = ""
+    found.pop("release", None)
+    return found
+
+
 def read_series(folder: Path, without: Collection[str] = ()) -> list[Patch]:
     """Patches in the order of `folder`/series, less those numbered in `without`.
 

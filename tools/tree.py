@@ -3,9 +3,7 @@
 
 tree     build/tree: the base's Python files, one commit a patch, to edit there
 patches  write patches/ back from build/tree
-mails    build/mails: the stack with each overlay file inside the patch that names it
-         in an `Overlay:` trailer; `git am` of these alone gives the fork's tree
-check    apply every prefix of the series to every release
+table    write patches/README.md from the patches; `patches` does too
 """
 
 import argparse
@@ -23,28 +21,18 @@ from rich.console import Console
 
 from tools.download import fetch
 from tools.errors import ForkError
-from tools.fix import PROBES, edits_held
 from tools.series import (
     Message,
-    apply_patch,
     check_order,
     git,
     parse_message,
     read_series,
     series_release,
 )
-from tools.upstream import (
-    ROOT,
-    Release,
-    fixed_release,
-    listed_wheel,
-    overlay_files,
-    release,
-    releases,
-)
+from tools.table import TABLE, table
+from tools.upstream import ROOT, Release, listed_wheel, release
 
 TREE = ROOT / "build/tree"
-MAILS = ROOT / "build/mails"
 # In a tree's repository: the release that it is made of, and what it was made.
 RELEASE = "vllm-quark-int8.release"
 MADE = "made"
@@ -229,92 +217,11 @@ def write_patches(tree: Path, release: Release) -> None:
     git("tag", "--force", MADE, cwd=tree)
 
 
-def make_mails(folder: Path, release: Release) -> list[Path]:
-    """Write the self-contained stack to `folder` and prove it. Raises ForkError."""
-    patches = read_series(release.series)
-    overlay = overlay_files()
-    with tempfile.TemporaryDirectory() as scratch:
-        tree, again = Path(scratch) / "tree", Path(scratch) / "again"
-        make_pristine(default_base(release), tree)
-        git("clone", "--quiet", tree, again, cwd=Path(scratch))
-        carried: set[str] = set()
-        for patch in patches:
-            am(patch.path, tree)
-            for name in patch.message.overlay:
-                if name in carried:
-                    continue
-                carried.add(name)
-                if name not in overlay:
-                    raise ForkError(
-                        f"{patch.name}: its trailer `Overlay: {name}` names no file of "
-                        "the overlay."
-                    )
-                (tree / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(overlay.pop(name), tree / name)
-                git("add", "--force", name, cwd=tree)
-            git("commit", "--quiet", "--amend", "--no-edit", cwd=tree, env=COMMITTER)
-        if overlay:
-            raise ForkError(
-                f"no patch names {', '.join(sorted(overlay))}: add `Overlay: <file>` "
-                "to the message of the patch that first uses it."
-            )
-        shutil.rmtree(folder, ignore_errors=True)
-        mails = export(tree, folder)
-        for mail in mails:
-            am(mail, again)
-        if _tree_hash(again) != _tree_hash(tree):
-            raise ForkError(f"git am of {folder} does not give the fork's tree.")
-    return mails
-
-
-def _tree_hash(tree: Path) -> str:
-    return git("rev-parse", "HEAD^{tree}", cwd=tree).stdout
-
-
-def check(chosen: list[Release], fixed: Release | None, console: Console) -> None:
-    """Apply each prefix of the series to each base, and look for the fix before and
-    after. Raises ForkError."""
-    for candidate in chosen:
-        for target in candidate.wheels:
-            remarks = check_base(fetch(listed_wheel(candidate, target)), candidate)
-            moved = f"{len(remarks)} hunks moved" if remarks else "no fuzz, no offset"
-            console.print(f"vLLM {candidate.version} {target}: applies, {moved}")
-    if fixed:
-        with ZipFile(default_base(fixed)) as base:
-            if (held := edits_held(base.read)) != list(PROBES):
-                raise ForkError(f"vLLM {fixed.version} holds only the edits {held}.")
-        console.print(f"vLLM {fixed.version}: already holds {', '.join(held)}")
-
-
-def check_base(base_path: Path, release: Release) -> list[str]:
-    """Apply the series one by one, with `git am` and with `git apply` as the builder
-    does. Returns git's remarks on hunks that moved. Raises ForkError."""
-    remarks = []
-    with tempfile.TemporaryDirectory() as scratch:
-        tree, copy = Path(scratch) / "tree", Path(scratch) / "copy"
-        make_pristine(base_path, tree)
-        git("clone", "--quiet", tree, copy, cwd=Path(scratch))
-        if held := edits_held(lambda name: (tree / name).read_text()):
-            raise ForkError(f"{base_path.name} already holds {held} before patching.")
-        for patch in read_series(release.series):
-            am(patch.path, tree)
-            remarks += apply_patch(patch.path, copy)
-            changed = git("diff", "--name-only", "HEAD~1", cwd=tree).stdout.split()
-            for name in changed:
-                source = (tree / name).read_text()
-                compile(source, name, "exec")
-                if source != (copy / name).read_text():
-                    raise ForkError(f"{patch.name}: git am and git apply differ.")
-        if (held := edits_held(lambda name: (tree / name).read_text())) != list(PROBES):
-            raise ForkError(f"{base_path.name}: the series leaves only {held} done.")
-    return remarks
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["tree", "patches", "mails", "check"])
+    parser.add_argument("command", choices=["tree", "patches", "table"])
     command = parser.parse_args().command
     console = Console()
     try:
@@ -325,13 +232,9 @@ def main() -> None:
         elif command == "patches":
             write_patches(TREE, chosen)
             console.print(f"{chosen.series}: written from {TREE}")
-        elif command == "mails":
-            mails = make_mails(MAILS, chosen)
-            console.print(f"{MAILS}: {len(mails)} mails; git am gives the fork's tree")
-        elif os.environ.get("CI"):
-            check([chosen], None, console)
-        else:
-            check(list(releases().values()), fixed_release(), console)
+        if command != "tree":
+            TABLE.write_text(table())
+            console.print(f"{TABLE}: written from the patches")
     except ForkError as error:
         sys.exit(f"error: {error}")
 

@@ -81,6 +81,17 @@ def make_patch(line: int, group: str = "fix", trailers: str = "") -> str:
     return PATCH.format(**numbers, group=group, trailers=trailers)
 
 
+def add_patch(series: Path, group: str, line: int, trailers: str = "") -> Path:
+    """Put a patch of a line of vllm/model.py at the end of a series."""
+    name = f"{group}/{line:04d}-Change-line-{line}.patch"
+    path = series / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(make_patch(line, group, trailers))
+    with (series / "series").open("a") as file:
+        file.write(f"{name}\n")
+    return path
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return make_base(tmp_path / "base")
@@ -103,13 +114,9 @@ def series(tmp_path: Path) -> Path:
     """Two patches, of lines 5 and 12 of vllm/model.py, each of a group of its own; the
     second carries the overlay's file."""
     folder = tmp_path / "series"
-    for group, line, trailers in (
-        ("fix", 5, ""),
-        ("more", 12, "Overlay: vllm/layers/new.py\n"),
-    ):
-        path = folder / f"{group}/{line:04d}-Change-line-{line}.patch"
-        path.parent.mkdir(parents=True)
-        path.write_text(make_patch(line, group, trailers))
+    folder.mkdir()
+    add_patch(folder, "fix", 5)
+    add_patch(folder, "more", 12, "Overlay: vllm/layers/new.py\n")
     (folder / "series").write_text(SERIES)
     return folder
 

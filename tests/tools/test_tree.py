@@ -3,16 +3,37 @@
 import re
 import subprocess
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
-from tests.tools.conftest import MODEL_PY, SERIES, make_base, make_patch
+from tests.tools.conftest import MODEL_PY, SERIES, add_patch, make_base, make_patch
 from tools import tree as tree_module
 from tools.errors import ForkError
 from tools.fix import PROBES, edits_held
-from tools.series import apply_patch, git, read_series, touched_files
-from tools.tree import am, check_base, export, make_mails, make_tree, write_patches
-from tools.upstream import Release, overlay_files
+from tools.groups import FIX
+from tools.repack import check_named
+from tools.series import (
+    Message,
+    apply_patch,
+    check_order,
+    choose,
+    dependants,
+    git,
+    group_lines,
+    groups_of,
+    parse_message,
+    read_series,
+    series_release,
+    touched_files,
+)
+from tools.table import TABLE, table
+from tools.tree import am, export, make_tree, write_patches
+from tools.upstream import Release, extra_groups, releases
+from tools.upstream import release as default_release
+
+MODEL = "vllm/model.py"
+ENV = tree_module.COMMITTER | tree_module.AUTHOR
 
 
 @pytest.fixture
@@ -37,8 +58,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def commit(tree: Path, message: str, *options: str) -> None:
-    identity = tree_module.COMMITTER | tree_module.AUTHOR
-    git("commit", "-qam", message, *options, cwd=tree, env=identity)
+    git("commit", "-qam", message, *options, cwd=tree, env=ENV)
 
 
 def test_tree_has_a_commit_a_patch(release: Release, tmp_path: Path):
@@ -96,36 +116,125 @@ def test_patches_need_a_tree(release: Release, tmp_path: Path):
         write_patches(tmp_path / "nowhere", release)
 
 
-def test_mails_alone_give_the_forks_tree(
-    exported: Release, base: Path, overlay: Path, tmp_path: Path
+def test_order_and_comments_survive(exported: Release, tmp_path: Path):
+    """A comment stays with its group or its patch, whatever becomes of the others."""
+    tree = tmp_path / "tree"
+    text = SERIES.replace("fix/0005", "# Of the patch.\nfix/0005") + "# The end.\n"
+    (exported.series / "series").write_text(text)
+    make_tree(tree, exported)
+    write_patches(tree, exported)
+    assert (exported.series / "series").read_text() == text
+    (tree / "vllm/model.py").write_text("edited = True\n")
+    commit(tree, "Another\n\nGroup: new\nForwarded: no")
+    git("rebase", "-q", "--onto", "HEAD~2", "HEAD~1", "-X", "theirs", cwd=tree, env=ENV)
+    write_patches(tree, exported)
+    text = (exported.series / "series").read_text()
+    assert "# more" not in text  # the group has gone
+    assert "\n# fix: everybody\n# Of the patch.\nfix/0005-Change-line-5.patch\n" in text
+    assert "\n# new: say here who needs this group.\nnew/0013-Another.patch\n" in text
+    assert text.endswith("# The end.\n")
+
+
+def test_number_of_a_patch_that_went_is_not_given_again(exported: Release, tmp_path):
+    tree = tmp_path / "tree"
+    make_tree(tree, exported)
+    git("reset", "-q", "--hard", "HEAD~1", cwd=tree)  # without 0012
+    (tree / "vllm/model.py").write_text("edited = True\n")
+    commit(tree, "Another\n\nGroup: fix\nForwarded: no")
+    write_patches(tree, exported)
+    assert [p.number for p in read_series(exported.series)] == ["0005", "0013"]
+
+
+def test_names_end_with_a_whole_word():
+    trailers = (("Patch", "0031"), ("Group", "cpu"))
+    subject = "A: it's 3.5 times as long as anybody's line: every word, and another"
+    assert Message(subject, "", trailers).path == (
+        "cpu/0031-A-it-s-3.5-times-as-long-as-anybody-s-line-every-word.patch"
+    )
+    assert Message("End.", "", trailers).path == "cpu/0031-End.patch"
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([("0001", "fix", ""), ("0001", "fix", "")], "0001.*is that of"),
+        ([("0001", "fix", "0002"), ("0002", "fix", "")], "names no patch before"),
+        (
+            [("0001", "fix", ""), ("0002", "cpu", ""), ("0003", "fix", "")],
+            r"0003 .* group fix, but comes after patches of cpu: move it behind 0001",
+        ),
+    ],
+)
+def test_order_of_patches(messages: list[tuple[str, str, str]], said: str):
+    with pytest.raises(ForkError, match=said):
+        check_order(
+            [
+                Message(f"Of {number}", "", trailers(number, group, needs))
+                for number, group, needs in messages
+            ]
+        )
+
+
+def trailers(number: str, group: str, needs: str) -> tuple[tuple[str, str], ...]:
+    depends = (("Depends", needs),) if needs else ()
+    return (("Patch", number), ("Group", group), *depends)
+
+
+def test_message_is_taken_apart():
+    message = parse_message(
+        "A subject\n\nWhy: this.\n\nMore.\n\nPatch: 0001\nForwarded: no,\n for now\n"
+    )
+    assert message.subject == "A subject"
+    assert message.reason == "Why: this.\n\nMore."
+    assert message.trailers == (("Patch", "0001"), ("Forwarded", "no, for now"))
+    assert parse_message("A subject\n\nWhy: this.\nMore.").reason == "Why: this.\nMore."
+
+
+def test_a_tree_knows_its_release(
+    exported: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    mails = make_mails(tmp_path / "mails", exported)
-    assert len(mails) == 2
-    assert "new.py" not in mails[0].read_text()
-    downstream = tmp_path / "downstream"
-    tree_module.make_pristine(base, downstream)
-    git("config", "user.name", "A maintainer", cwd=downstream)
-    git("config", "user.email", "a@example.invalid", cwd=downstream)
-    git("am", *mails, cwd=downstream)
-    assert (downstream / "vllm/layers/new.py").read_bytes() == overlay.read_bytes()
-    model = (downstream / "vllm/model.py").read_text()
-    assert "line_5 = 500" in model
-    assert "line_12 = 1200" in model
+    """Of another release than the patches are written for: it is no edit, and nothing
+    is written back from it."""
+    other = Release("0.21.0", exported.series, {})
+    base = make_base(tmp_path / "other", version="0.21.0")
+    moved = base.with_name("moved.whl")
+    with ZipFile(base) as old, ZipFile(moved, "w") as new:
+        for name in old.namelist():
+            text = old.read(name)
+            new.writestr(name, b"top = 1\n" + text if name == MODEL else text)
+    monkeypatch.setattr(tree_module, "default_base", lambda _: moved)
+    before = contents(exported.series)
+    tree = tmp_path / "tree"
+    make_tree(tree, other)
+    make_tree(tree, other)
+    with pytest.raises(ForkError, match="is a tree of vLLM 0.21.0, .* for 0.20.2"):
+        write_patches(tree, exported)
+    with pytest.raises(ForkError, match="is a tree of vLLM 0.21.0"):
+        write_patches(tree, other)
+    assert contents(exported.series) == before
+    (tree / MODEL).write_text("edited = True\n")
+    with pytest.raises(ForkError, match="has edits"):
+        make_tree(tree, other)
 
 
-def test_mails_want_every_overlay_file_named(
-    exported: Release, overlay: Path, tmp_path
-):
-    overlay.with_name("orphan.py").write_text("")
-    with pytest.raises(ForkError, match="no patch names vllm/layers/orphan.py"):
-        make_mails(tmp_path / "mails", exported)
-    assert not (tmp_path / "mails").exists()
+def test_a_series_says_its_release(series: Path):
+    assert series_release(series) == "0.20.2"
+    (series / "series").write_text("fix/0005-Change-line-5.patch\n")
+    with pytest.raises(ForkError, match="expected a line `# release: <version>`"):
+        series_release(series)
 
 
-def test_mails_want_named_files_to_exist(exported: Release, overlay: Path, tmp_path):
-    overlay.rename(overlay.with_name("renamed.py"))
-    with pytest.raises(ForkError, match="`Overlay: vllm/layers/new.py` names no file"):
-        make_mails(tmp_path / "mails", exported)
+def test_groups_bring_what_they_depend_on(series: Path):
+    add_patch(series, "later", 17, "Depends: 0012\n")
+    patches = read_series(series)
+    assert groups_of(patches) == ["fix", "more", "later"]
+    numbers = [p.number for p in choose(patches, ["fix", "later"])]
+    assert numbers == ["0005", "0012", "0017"]
+    assert [p.number for p in choose(patches, ["fix"])] == ["0005"]
+    assert dependants(patches, ["0012"]) == {"0017"}
+    assert dependants(patches, ["0005"]) == set()
+    with pytest.raises(ForkError, match="cpu: no such group.* fix, more, later"):
+        choose(patches, ["fix", "cpu"])
 
 
 def test_series_and_folder_must_agree(series: Path):
@@ -224,22 +333,24 @@ def test_edits_are_recognised(held: list[str]):
     assert edits_held(files.__getitem__) == held
 
 
-def test_series_in_the_repository_names_the_whole_overlay():
-    """What `make mails` will ask for, without a base wheel."""
-    [series] = {candidate.series for candidate in tree_module.releases().values()}
-    named = {name for p in read_series(series) for name in p.message.overlay}
-    assert named == set(overlay_files())
+def test_series_in_the_repository_is_whole():
+    """What a build and `make mails` will ask for, without a base wheel."""
+    [series] = {candidate.series for candidate in releases().values()}
+    patches = read_series(series)
+    check_named(patches)
+    assert groups_of(patches)[0] == FIX
+    assert set(extra_groups()) < set(groups_of(patches)) == set(group_lines(series))
+    assert series_release(series) == default_release().version
+    for patch in patches:
+        assert len(patch.path.stem) <= 60
+        for key in ("Forwarded", "Remove-when", "Last-Update"):
+            assert patch.message.value(key), (patch.name, key)
+        if patch.message.value("Forwarded").startswith("no"):
+            assert re.fullmatch("not-needed|no, .+", patch.message.value("Forwarded"))
 
 
-def test_check_refuses_a_base_that_holds_the_fix(tmp_path: Path, series, monkeypatch):
-    base = make_base(tmp_path / "base")
-    release = Release("0.20.2", series, {})
-    monkeypatch.setattr(tree_module, "edits_held", lambda _: ["0001"])
-    with pytest.raises(ForkError, match=r"already holds \['0001'\] before patching"):
-        check_base(base, release)
-    monkeypatch.setattr(tree_module, "edits_held", lambda _: [])
-    with pytest.raises(ForkError, match=r"the series leaves only \[\] done"):
-        check_base(base, release)
+def test_the_table_is_what_the_patches_say():
+    assert TABLE.read_text() == table()
 
 
 def test_git_failure_is_not_swallowed(tmp_path: Path):

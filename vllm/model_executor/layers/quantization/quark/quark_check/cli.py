@@ -17,9 +17,12 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from .about import About
+
     parser.add_argument("model", help="a folder, or owner/name on Hugging Face")
     parser.add_argument("--revision", help="branch, tag or commit of owner/name")
     parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--about", action=About, help="say what is installed; end")
     parser.add_argument("--layers", action="store_true", help="a line for each layer")
     parser.add_argument(
         "--verbose",

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prove the patches on every release that they are for.
+
+The whole series, patch by patch; then the group `fix` with each other group and what
+that depends on. With `git am` and with `git apply`, as the builder does: both give the
+same files, which are Python, import nothing that is not there, and have each patch's
+change in the place where the whole series has it. CI=1: the default release alone.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import ZipFile
+
+from rich.console import Console
+
+from tools.download import fetch
+from tools.errors import ForkError
+from tools.fix import PROBES, edits_held
+from tools.groups import FIX
+from tools.mails import check_imports
+from tools.places import Places, places
+from tools.repack import check_named, overlay_of
+from tools.series import (
+    Patch,
+    apply_patch,
+    choose,
+    git,
+    groups_of,
+    read_series,
+)
+from tools.table import TABLE, table
+from tools.tree import am, default_base, make_pristine
+from tools.upstream import Release, fixed_release, listed_wheel, release, releases
+
+
+def check(chosen: list[Release], fixed: Release | None, console: Console) -> None:
+    """Check the patches on each base, and look for the fix before and after. Raises
+    ForkError."""
+    if TABLE.read_text() != table():
+        raise ForkError(f"{TABLE} is not what the patches say; `make patches-table`.")
+    for candidate in chosen:
+        for target in candidate.wheels:
+            base = fetch(listed_wheel(candidate, target))
+            with tempfile.TemporaryDirectory() as scratch:
+                remarks, groups = check_base(base, candidate, Path(scratch))
+            moved = f"{len(remarks)} hunks moved" if remarks else "no fuzz, no offset"
+            console.print(
+                f"vLLM {candidate.version} {target}: applies, {moved}; alone on {FIX}: "
+                f"{', '.join(groups)}",
+                soft_wrap=True,
+            )
+    if fixed:
+        with ZipFile(default_base(fixed)) as base_wheel:
+            if (held := edits_held(base_wheel.read)) != list(PROBES):
+                raise ForkError(f"vLLM {fixed.version} holds only the edits {held}.")
+        console.print(f"vLLM {fixed.version}: already holds {', '.join(held)}")
+
+
+def check_base(
+    base_path: Path, release: Release, scratch: Path
+) -> tuple[list[str], list[str]]:
+    """Check the series and its groups on one base, in the empty folder `scratch`.
+    Returns git's remarks on hunks that moved, and the groups. Raises ForkError."""
+    patches = read_series(release.series)
+    check_named(patches)
+    tree, copy = scratch / "tree", scratch / "copy"
+    make_pristine(base_path, tree)
+    git("clone", "--quiet", tree, copy, cwd=scratch)
+    if held := edits_held(lambda name: (tree / name).read_text()):
+        raise ForkError(f"{base_path.name} already holds {held} before patching.")
+    with ZipFile(base_path) as base:
+        files = set(base.namelist())
+    remarks, whole = _apply(patches, tree, copy, files)
+    if (held := edits_held(lambda name: (tree / name).read_text())) != list(PROBES):
+        raise ForkError(f"{base_path.name}: the series leaves only {held} done.")
+    groups = [group for group in groups_of(patches) if group != FIX]
+    for group in groups:
+        _reset(tree, copy)
+        pair = choose(patches, [FIX, group])
+        try:
+            _, alone = _apply(pair, tree, copy, files)
+        except ForkError as error:
+            raise ForkError(
+                f"{base_path.name}: the group {group} is not whole with {FIX} alone, "
+                f"patches {', '.join(patch.number for patch in pair)}: {error}"
+            ) from None
+        check_places(whole, alone, f"{FIX} and {group}")
+    return remarks, groups
+
+
+def _reset(*trees: Path) -> None:
+    for tree in trees:
+        git("reset", "--quiet", "--hard", "base", cwd=tree)
+        git("clean", "--quiet", "-d", "--force", "-x", cwd=tree)
+
+
+def _apply(
+    patches: Sequence[Patch], tree: Path, copy: Path, files: set[str]
+) -> tuple[list[str], dict[str, Places]]:
+    """Apply patches with `git am` to `tree` and with `git apply` to `copy`; returns
+    git's remarks, and where each patch landed."""
+    remarks = []
+    for patch in patches:
+        am(patch.path, tree)
+        remarks += apply_patch(patch.path, copy)
+        changed = git("diff", "--name-only", "HEAD~1", cwd=tree).stdout.split()
+        for name in changed:
+            source = (tree / name).read_text()
+            compile(source, name, "exec")
+            if source != (copy / name).read_text():
+                raise ForkError(f"{patch.name}: git am and git apply differ.")
+    overlay = overlay_of(patches)
+    for name, path in overlay.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tree / name)
+    check_imports(tree, files | overlay.keys(), patches)
+    commits = git("rev-list", "--reverse", "base..HEAD", cwd=tree).stdout.split()
+    numbers = [patch.number for patch in patches]
+    return remarks, dict(zip(numbers, places(tree, commits), strict=True))
+
+
+def check_places(whole: dict[str, Places], alone: dict[str, Places], what: str) -> None:
+    """See that patches land where the whole series puts them. Raises ForkError."""
+    for number, changes in alone.items():
+        for name, landed in changes.items():
+            if landed != whole[number][name]:
+                found = [line for line, *_ in landed]
+                expected = [line for line, *_ in whole[number][name]]
+                raise ForkError(
+                    f"{number}: with {what} alone its change of {name} lands below the "
+                    f"base's lines {found}, in the whole series below {expected}, or "
+                    "is another: give it lines of its own around it."
+                )
+
+
+def main() -> None:
+    console = Console()
+    try:
+        if os.environ.get("CI"):
+            check([release(os.environ.get("VLLM_BASE_VERSION"))], None, console)
+        else:
+            check(list(releases().values()), fixed_release(), console)
+    except ForkError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
