@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.needs_group("kernels")
+
 # A byte more cannot be launched.
 SHARED = {"sm_80": 163, "sm_90": 227, "gfx942": 64, "gfx950": 160}
 # Bytes, of kernels whose tiles were chosen for Hopper, which alone takes them.
