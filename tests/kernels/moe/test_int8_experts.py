@@ -61,7 +61,7 @@ PLATFORMS = {
 def pretend(monkeypatch: pytest.MonkeyPatch):
     def apply(platform: Platform) -> None:
         modules = [int8_triton, experts, triton_int8_moe, quark_int8_cpu, mk]
-        modules.append(sys.modules[UPSTREAMS.__module__])  # type: ignore[arg-type]
+        modules.append(sys.modules[UPSTREAMS.__module__])
         for module in modules:
             monkeypatch.setattr(module, "current_platform", platform)
 

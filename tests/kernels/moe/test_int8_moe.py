@@ -415,7 +415,7 @@ def test_align(num_tokens: int, present: tuple[int, ...] | None) -> None:
     assert sorted_pairs[: len(rows)].tolist() == rows
 
 
-def changed(layer: Layer, **tensors: Tensor) -> Layer:
+def changed(layer: Layer, **tensors: Any) -> Layer:
     """The layer with other tensors of its experts."""
     return replace(layer, experts=replace(layer.experts, **tensors))
 

@@ -153,7 +153,8 @@ def test_leaves_other_models_alone(moe_model: nn.Module) -> None:
     worker = Worker.of(nn.Linear(1, 1), [])
     int8_warmup.int8_warmup(worker)
     assert worker.runs == []
-    kernel: Any = moe_model[1].quant_method.moe_kernel
+    _, experts = moe_model.children()
+    kernel: Any = experts.quant_method.moe_kernel  # type: ignore[union-attr]
     kernel.fused_experts = object.__new__(TritonInt8Experts)
     worker = Worker.of(moe_model, [])
     int8_warmup.int8_warmup(worker)

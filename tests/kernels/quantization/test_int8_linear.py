@@ -6,17 +6,21 @@ GPUs round, so it takes the other dtypes.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.config import VllmConfig
 from vllm.model_executor.kernels import int8_triton, linear
 from vllm.model_executor.kernels.linear.scaled_mm import cutlass, int8_few_tokens
 from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
     Tiles,
     choose_tiles,
     run_int8_linear,
+)
+from vllm.model_executor.layers.quantization.quark.schemes.quark_w8a8_int8 import (
+    QuarkW8A8Int8,
 )
 
 from tests.kernels.utils import DEVICE, GPU, interpreted
@@ -224,7 +228,26 @@ def test_a_block_lies_in_registers(k: int) -> None:
     assert tiles is not None
     words = 1 << (k // 4 - 1).bit_length()
     # Two blocks, the row and what is multiplied; a thread has 255 registers.
-    assert 2 * tiles.block_n * words <= tiles.num_warps * 32 * 128
+    assert 2 * tiles.block_size_n * words <= tiles.num_warps * 32 * 128
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    def apply(major: int, minor: int) -> None:
+        for module in (linear, int8_triton, cutlass):
+            monkeypatch.setattr(
+                module, "current_platform", pretended.cuda(major, minor)
+            )
+
+    return apply
+
+
+def kernel_of_quarks_layer(symmetric: bool = True) -> str:
+    scheme = QuarkW8A8Int8("per_channel", False, symmetric)
+    scheme.create_weights(
+        nn.Module(), [32], 64, torch.bfloat16, nn.Linear(1, 1).forward
+    )
+    return type(scheme.kernel).__name__
 
 
 @pytest.mark.parametrize(
@@ -236,26 +259,44 @@ def test_a_block_lies_in_registers(k: int) -> None:
         ((10, 0), True, "CutlassInt8ScaledMMLinearKernel"),
     ],
 )
-def test_is_chosen_on_hopper(
+def test_quarks_layers_take_it_on_hopper(
     capability: tuple[int, int],
     symmetric: bool,
     found: str,
-    monkeypatch: pytest.MonkeyPatch,
+    pretend: Callable[[int, int], None],
+    vllm_config: VllmConfig,
 ) -> None:
     """Where it was measured, for the activations that it quantizes."""
-    here = pretended.cuda(*capability)
-    for module in (linear, int8_triton, cutlass):
-        monkeypatch.setattr(module, "current_platform", here)
-    kernel = linear.init_int8_linear_kernel(True, False, symmetric, "a test")
-    assert type(kernel).__name__ == found
+    pretend(*capability)
+    assert kernel_of_quarks_layer(symmetric) == found
+
+
+def test_layers_of_other_formats_keep_upstreams(
+    pretend: Callable[[int, int], None],
+) -> None:
+    """compressed-tensors' scheme asks so; halves of steps round otherwise there."""
+    pretend(9, 0)
+    kernel = linear.init_int8_linear_kernel(True, False, True, "a test")
+    assert type(kernel).__name__ == "CutlassInt8ScaledMMLinearKernel"
 
 
 def test_is_not_chosen_where_batches_are_not_to_matter(
+    pretend: Callable[[int, int], None],
+    vllm_config: VllmConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It rounds halves of steps otherwise than upstream's for more tokens."""
-    for module in (linear, int8_triton, cutlass):
-        monkeypatch.setattr(module, "current_platform", pretended.cuda(9, 0))
+    pretend(9, 0)
     monkeypatch.setattr(int8_few_tokens.envs, "VLLM_BATCH_INVARIANT", True)
-    kernel = linear.init_int8_linear_kernel(True, False, True, "a test")
-    assert type(kernel).__name__ == "CutlassInt8ScaledMMLinearKernel"
+    assert kernel_of_quarks_layer() == "CutlassInt8ScaledMMLinearKernel"
+
+
+def test_it_can_be_put_aside(
+    pretend: Callable[[int, int], None],
+    vllm_config: VllmConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(9, 0)
+    name = "FewTokensInt8ScaledMMLinearKernel"
+    monkeypatch.setenv("VLLM_DISABLED_KERNELS", name)
+    assert kernel_of_quarks_layer() == "CutlassInt8ScaledMMLinearKernel"

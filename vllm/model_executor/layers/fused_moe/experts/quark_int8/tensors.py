@@ -74,7 +74,8 @@ class Routing:
 
 
 def shape_of(experts: Experts, routing: Routing) -> Shape:
-    return Shape(*routing.topk_ids.shape, routing.num_ids(experts), *experts.w2.shape)
+    num_tokens, topk = routing.topk_ids.shape
+    return Shape(num_tokens, topk, routing.num_ids(experts), *experts.w2.shape)
 
 
 def knows_sizes(hidden_size: int, width: int) -> bool:

@@ -49,7 +49,7 @@ def scheme_issues(int8: list[Int8], but: set[str]) -> Iterator[Issue]:
                 "wrong",
                 "experts with one scale a channel and static activations",
                 f"The Triton kernel of vLLM {listed(old)} takes scales of other "
-                "channels: garbage. This fork refuses it on GPUs (patch 0009) but "
+                "channels: garbage. This fork refuses it on GPUs (patch 0028) but "
                 "Hopper (patch 0012), and computes it there and on CPUs (patch 0007).",
                 "export with dynamic activations or per-tensor weights, or run this "
                 "fork on a Hopper GPU or a CPU",
