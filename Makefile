@@ -117,20 +117,20 @@ lint: $(LINT_READY) ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(FORK_READY) ## measure the INT8 fused MoE here
-	$(BIN)/python benchmarks/kernels/$(if $(filter \
-	    cpu,$(VLLM_TARGET_DEVICE)),benchmark_cpu_int8_moe.py,benchmark_int8_moe.py --sweep)
+	$(BIN)/python -m benchmarks.kernels.$(if $(filter \
+	    cpu,$(VLLM_TARGET_DEVICE)),benchmark_cpu_int8_moe,benchmark_int8_moe --sweep)
 
-bench-check: $(FORK_READY) ## measure quark-check on 200 GB and 100,000 tensors
-	$(BIN)/python benchmarks/benchmark_quark_check.py
+bench-check: $(FORK_READY) ## measure quark-check on 200 GB of headers and 2 GB of data
+	$(BIN)/python -m benchmarks.benchmark_quark_check
 
 bench-load: $(FORK_READY) ## measure memory and time of loading a 2 GB export
-	$(BIN)/python benchmarks/benchmark_load_int8.py
+	$(BIN)/python -m benchmarks.benchmark_load_int8
 
 bench-serving: $(FORK_READY) ## serve with stock and with the fork on a GPU: STOCK=folder
 	$(BIN)/python -m benchmarks.benchmark_serving_int8 $(if $(STOCK),--stock $(STOCK))
 
 stress: $(FORK_READY) ## serve under stress for MINUTES (10): every answer is judged
-	$(BIN)/python -m benchmarks.stress_serving_int8 --minutes $(or $(MINUTES),10)
+	$(BIN)/python -m tests.stress.stress_serving --minutes $(or $(MINUTES),10)
 
 clean: ## remove what was built here, but not the cache of base wheels
 	rm -rf build dist .venv

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory and time of loading a 2 GB Quark INT8 export on a CPU.
 
-    python benchmarks/benchmark_load_int8.py [RESULTS.json]
+    python -m benchmarks.benchmark_load_int8 [RESULTS.json]
 
 Writes random Step-3.5 exports in both layouts to build/load, shard by shard, and loads
 each with the engine's own loader, a process a load: with the fork, and with a build
@@ -17,6 +17,7 @@ expert where there is next to nothing to copy, which shows once a GPU copies fas
 more.
 """
 
+import dataclasses
 import datetime
 import importlib
 import json
@@ -27,15 +28,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
-from torch import Tensor
+
+from benchmarks.serving.checkpoint import Widths, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build/load"
@@ -43,142 +42,29 @@ RUNS = 9
 SHARD_BYTES = 400 << 20
 CHECKS = "vllm/model_executor/layers/quantization/quark/load_checks/loading.py"
 MAX_COST = 0.03
-# As many experts as Step-3.5-Flash has, of next to no size; the first layer is dense.
-SMALL: dict[str, int] = dict(
+# Sizes of a Step-3.5-Flash layer, but for the number of experts.
+WIDTHS = Widths(layers=5, vocab=4096, dense_width=1280, experts=28, sliding_heads=64)
+# As many experts as Step-3.5-Flash has, of next to no size.
+SMALL = Widths(
     layers=5,
     hidden=64,
     vocab=512,
     dense_width=64,
-    experts=288,
     expert_width=32,
     heads=4,
     sliding_heads=8,
     kv_heads=2,
     head_dim=16,
 )
-
-# Sizes of a Step-3.5-Flash layer, but for the number of experts.
-HIDDEN, EXPERTS, WIDTH, VOCAB = 4096, 28, 1280, 4096
-HEADS, GROUPS, HEAD = 64, 8, 128
-LAYERS = 5  # the first is dense
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-FIXTURE = ROOT / "tests/fixtures/step3p5-tiny/int8-3key/config.json"
+LAYOUTS = {"per_expert": False, "3key": True}
 
 
-def make_config() -> dict[str, Any]:
-    """config.json; the scheme is what amd-quark wrote for the test exports."""
-    quark = json.loads(FIXTURE.read_text())["quantization_config"]
-    bf16 = ["lm_head"]
-    for layer in range(LAYERS):
-        names = ["mlp"] if layer == 0 else ["share_expert"]
-        bf16 += [f"model.layers.{layer}.{n}.{p}" for n in names for p in PROJECTIONS]
-        bf16 += [] if layer == 0 else [f"model.layers.{layer}.moe.gate"]
-    return {
-        "architectures": ["Step3p5ForCausalLM"],
-        "model_type": "step3p5",
-        "torch_dtype": "bfloat16",
-        "vocab_size": VOCAB,
-        "tie_word_embeddings": False,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "max_position_embeddings": 1024,
-        "max_seq_len": 1024,
-        "num_attention_heads": HEADS,
-        "num_attention_groups": GROUPS,
-        "head_dim": HEAD,
-        "layer_types": ["full_attention"] * LAYERS,
-        "rope_theta": [10000.0] * LAYERS,
-        "intermediate_size": WIDTH,
-        "use_moe": True,
-        "moe_layers_enum": ",".join(map(str, range(1, LAYERS))),
-        "moe_num_experts": EXPERTS,
-        "moe_top_k": 8,
-        "moe_intermediate_size": WIDTH,
-        "share_expert_dim": WIDTH,
-        "moe_router_activation": "sigmoid",
-        "quantization_config": quark | {"exclude": bf16},
-    }
-
-
-def random_int8(*shape: int) -> Tensor:
-    """From -128 to 127 without zeros."""
-    tensor = torch.randint(-128, 127, shape, dtype=torch.int8)
-    return torch.where(tensor < 0, tensor, tensor + 1)
-
-
-def linear(name: str, *shape: int, int8: bool) -> Iterator[tuple[str, Tensor]]:
-    if int8:
-        yield f"{name}.weight", random_int8(*shape)
-        yield f"{name}.weight_scale", torch.rand(shape[:-1]) / 1000 + 1e-4
-    else:
-        yield f"{name}.weight", torch.randn(shape).bfloat16() / 64
-
-
-def mlp(name: str, *experts: int, int8: bool) -> Iterator[tuple[str, Tensor]]:
-    for projection in PROJECTIONS:
-        shape = (HIDDEN, WIDTH) if projection == "down_proj" else (WIDTH, HIDDEN)
-        yield from linear(f"{name}.{projection}", *experts, *shape, int8=int8)
-
-
-def tensors(stacked: bool) -> Iterator[tuple[str, Tensor]]:
-    """One after the other, so that no more than a shard of them is in memory."""
-    yield "model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN).bfloat16()
-    for index in range(LAYERS):
-        layer = f"model.layers.{index}"
-        query, key = HEADS * HEAD, GROUPS * HEAD
-        for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-            yield from linear(f"{layer}.self_attn.{name}", rows, HIDDEN, int8=True)
-        yield from linear(f"{layer}.self_attn.o_proj", HIDDEN, query, int8=True)
-        for norm in ("self_attn.q_norm", "self_attn.k_norm"):
-            yield f"{layer}.{norm}.weight", torch.zeros(HEAD, dtype=torch.bfloat16)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{layer}.{norm}.weight", torch.zeros(HIDDEN, dtype=torch.bfloat16)
-        if index == 0:
-            yield from mlp(f"{layer}.mlp", int8=False)
-            continue
-        yield from mlp(f"{layer}.share_expert", int8=False)
-        yield from linear(f"{layer}.moe.gate", EXPERTS, HIDDEN, int8=False)
-        yield f"{layer}.moe.router_bias", torch.zeros(EXPERTS)
-        if stacked:
-            yield from mlp(f"{layer}.moe", EXPERTS, int8=True)
-        else:
-            for expert in range(EXPERTS):
-                yield from mlp(f"{layer}.moe.experts.{expert}", int8=True)
-    yield "model.norm.weight", torch.zeros(HIDDEN, dtype=torch.bfloat16)
-    yield from linear("lm_head", VOCAB, HIDDEN, int8=False)
-
-
-def write_export(folder: Path, stacked: bool) -> None:
-    """Write the export unless it is there; the index last, as it makes it whole."""
-    index_file = folder / "model.safetensors.index.json"
-    if index_file.exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(make_config(), indent=1))
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-
-    def write() -> None:
-        shards.append(list(held))
-        save_file(held, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-        held.clear()
-
-    size = total = 0
-    for name, tensor in tensors(stacked):
-        if held and size + tensor.nbytes > SHARD_BYTES:
-            write()
-            size = 0
-        held[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    write()
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        (folder / f"{number}.part").rename(folder / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    index_file.write_text(json.dumps(index))
+def write_exports() -> None:
+    """Both layouts below WORK, unless they are there."""
+    for layout, stacked in LAYOUTS.items():
+        write_checkpoint(
+            WORK / layout, dataclasses.replace(WIDTHS, stacked=stacked), SHARD_BYTES
+        )
 
 
 def peak_mib() -> float:
@@ -223,7 +109,7 @@ def load_small(folder: Path) -> dict[str, float]:
             loader.load_weights(model, vllm_config.model_config)
             times.append(time.perf_counter() - started)
     # Weight and scale of three projections.
-    tensors = (SMALL["layers"] - 1) * SMALL["experts"] * 3 * 2
+    tensors = (SMALL.layers - 1) * SMALL.experts * 3 * 2
     return {"us_a_tensor": statistics.median(times) / tensors * 1e6}
 
 
@@ -266,7 +152,8 @@ def load_with(
     if package:
         env["PYTHONPATH"] = str(package)
     done = subprocess.run(
-        [sys.executable, __file__, what, folder],
+        [sys.executable, "-m", "benchmarks.benchmark_load_int8", what, folder],
+        cwd=ROOT,
         env=env,
         capture_output=True,
         text=True,
@@ -343,24 +230,22 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    sys.path.insert(0, str(ROOT))
     if sys.argv[1:2] == ["--load"]:
         print(json.dumps(load(Path(sys.argv[2]))))
         return
     if sys.argv[1:2] == ["--load-small"]:
         print(json.dumps(load_small(Path(sys.argv[2]))))
         return
-    from benchmarks.serving.checkpoint import Widths, write_checkpoint
     from examples.compare_builds import device_name
     from tools.mutants import install_without
 
     builds = {"fork": None, "without checks": install_without(patch_of_checks())}
+    write_exports()
     rows = []
-    for layout in ("per_expert", "3key"):
-        write_export(WORK / layout, stacked=layout == "3key")
+    for layout in LAYOUTS:
         rows += medians(WORK / layout, builds)
         show(rows)
-    write_checkpoint(WORK / "small", Widths(**SMALL))
+    write_checkpoint(WORK / "small", SMALL)
     small = load_in_turns(WORK / "small", builds, "--load-small")
     us = {
         build: round(statistics.median(run["us_a_tensor"] for run in runs), 1)

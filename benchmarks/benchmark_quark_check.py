@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of `vllm quark-check` on a checkpoint of 200 GB and 100,000 tensors.
+"""Time and memory of `vllm quark-check`.
 
-    python benchmarks/benchmark_quark_check.py [--repeat 5] [--json FILE]
+    python -m benchmarks.benchmark_quark_check [--parts headers data] [--out FOLDER]
 
-The checkpoint is synthetic: shards of true headers whose data is a hole in a sparse
-file. Each figure is of a whole process, from its start to its end, which reads headers
-that the operating system has in memory.
+- headers: the report on a checkpoint of 200 GB and 100,000 tensors: shards of true
+  headers whose data is a hole in a sparse file; into OUT/quark-check-cpu.json
+- data: `--deep` and `--fix` on 2 GB exports, those of benchmark_load_int8.py
+  (build/load); into OUT/quark-check-deep-cpu.json
+
+Each figure is of a whole process, from its start to its end, as a checkout without vLLM
+runs it; files are in the page cache. Seconds are medians, peaks the greatest.
 """
 
 import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,100 +31,103 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
-CONFIG = ROOT / "tests/fixtures/step3p5-tiny/int8-per-expert/config.json"
+QUARK_CHECK = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
 # Step-3.5-Flash's widths and depth, with as many experts as make 100,000 tensors.
-LAYERS, DENSE, EXPERTS, HIDDEN, WIDTH = 45, 3, 397, 4096, 1024
-NUM_SHARDS = 50
+SHARDS = 50
+WIDE = f"Widths(layers=45, experts=378, expert_width=1024, stacked=False), {SHARDS}"
+# Another process writes them: torch here would count in the peak of what is started.
+WRITE_HEADERS = f"""
+from pathlib import Path
+from benchmarks.serving.checkpoint import Widths, write_headers
+write_headers(Path("FOLDER"), {WIDE})
+"""
+WRITE = "from benchmarks.benchmark_load_int8 import write_exports; write_exports()"
+LAYOUTS = {"per_expert": "one expert a tensor", "3key": "3-key"}
+FIXED = ROOT / "build/rewritten-large"
+DEEP = {
+    "report": [],
+    "--deep": ["--deep"],
+    "--fix, compressed-tensors": [
+        *("--fix", str(FIXED), "--fix-layout", "compressed-tensors"),
+    ],
+    "--fix, quark (links)": ["--fix", str(FIXED), "--fix-layout", "quark"],
+}
+Row = dict[str, Any]
 
 
-def tensors() -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> dtype and shape."""
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-
-    def int8(name: str, rows: int, columns: int) -> None:
-        found[f"{name}.weight"] = "I8", (rows, columns)
-        found[f"{name}.weight_scale"] = "F32", (rows,)
-
-    def floats(name: str, *shape: int) -> None:
-        found[f"{name}.weight"] = "BF16", shape
-
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}"
-        for name, rows in ("q_proj", 8192), ("k_proj", 1024), ("v_proj", 1024):
-            int8(f"{prefix}.self_attn.{name}", rows, HIDDEN)
-        int8(f"{prefix}.self_attn.o_proj", HIDDEN, 8192)
-        floats(f"{prefix}.input_layernorm", HIDDEN)
-        parts = [(f"{prefix}.mlp", 4 * WIDTH)]
-        if layer >= DENSE:
-            floats(f"{prefix}.moe.gate", EXPERTS, HIDDEN)
-            parts = [(f"{prefix}.share_expert", WIDTH)]
-            for expert in range(EXPERTS):
-                routed = f"{prefix}.moe.experts.{expert}"
-                int8(f"{routed}.gate_proj", WIDTH, HIDDEN)
-                int8(f"{routed}.up_proj", WIDTH, HIDDEN)
-                int8(f"{routed}.down_proj", HIDDEN, WIDTH)
-        for name, width in parts:
-            floats(f"{name}.gate_proj", width, HIDDEN)
-            floats(f"{name}.up_proj", width, HIDDEN)
-            floats(f"{name}.down_proj", HIDDEN, width)
-    floats("model.embed_tokens", 128_896, HIDDEN)
-    floats("lm_head", 128_896, HIDDEN)
-    return found
+def call(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def write(folder: Path) -> dict[str, int]:
-    """The checkpoint; returns its number of tensors, bytes and bytes on disk."""
-    every = list(tensors().items())
-    exclude = [
-        name.removesuffix(".weight")
-        for name, (dtype, shape) in every
-        if dtype == "BF16" and len(shape) == 2 and "embed_tokens" not in name
-    ]
-    config = json.loads(CONFIG.read_text())
-    config |= {"num_hidden_layers": LAYERS, "moe_num_experts": EXPERTS}
-    config["quantization_config"]["exclude"] = exclude
-    (folder / "config.json").write_text(json.dumps(config))
-    places, total = {}, 0
-    share = -(-len(every) // NUM_SHARDS)
-    for number in range(NUM_SHARDS):
-        shard = f"model-{number + 1:05}-of-{NUM_SHARDS:05}.safetensors"
-        header: dict[str, Any] = {}
-        end = 0
-        for name, (dtype, shape) in every[number * share : (number + 1) * share]:
-            size = {"I8": 1, "BF16": 2, "F32": 4}[dtype]
-            for length in shape:
-                size *= length
-            header[name] = {
-                "dtype": dtype,
-                "shape": shape,
-                "data_offsets": [end, end + size],
-            }
-            end += size
-            places[name] = shard
-        text = json.dumps(header).encode()
-        with (folder / shard).open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            stream.truncate(8 + len(text) + end)
-        total += end
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    on_disk = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
-    return {"tensors": len(every), "bytes": total, "bytes_on_disk": on_disk}
+def sizes_of(folder: Path) -> dict[str, int]:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return {
+        "tensors": len(index["weight_map"]),
+        "bytes": index["metadata"]["total_size"],
+        "bytes_on_disk": sum(file.stat().st_blocks * 512 for file in folder.iterdir()),
+    }
 
 
-def measure(folder: Path, *more: str) -> dict[str, float]:
+def run(folder: Path, arguments: Sequence[str]) -> tuple[float, float]:
     """Seconds and peak MiB of one process."""
+    shutil.rmtree(FIXED, ignore_errors=True)
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, COMMAND, folder, *more], stdout=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 1:
-        sys.exit(f"error: quark-check ended with {process.returncode}, expected 1")
-    return {"seconds": seconds, "peak_mib": usage.ru_maxrss / 1024}
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [sys.executable, QUARK_CHECK, folder, *arguments], stdout=subprocess.DEVNULL, stderr=said
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode not in (0, 1):
+            said.seek(0)
+            sys.exit(
+                f"error: quark-check {folder} {' '.join(arguments)} ended with "
+                f"{process.returncode}:\n{said.read().decode(errors='replace')}"
+            )
+    return seconds, usage.ru_maxrss / 1024
+
+
+def measure_headers(repeat: int) -> tuple[str, Row]:
+    """The name of the results, and they."""
+    with tempfile.TemporaryDirectory() as folder:
+        call(WRITE_HEADERS.replace("FOLDER", folder))
+        sizes = sizes_of(Path(folder))
+        rows = []
+        for output, arguments in ("report", []), ("--json", ["--json"]):
+            runs = [run(Path(folder), arguments) for _ in range(repeat)]
+            rows.append(
+                {
+                    "output": output,
+                    "seconds": statistics.median(seconds for seconds, _ in runs),
+                    "seconds_max": max(seconds for seconds, _ in runs),
+                    "peak_mib": max(peak for _, peak in runs),
+                }
+            )
+    head = {"python": platform.python_version(), "repeat": repeat, **sizes}
+    return "quark-check-cpu.json", {**head, "rows": rows}
+
+
+def measure_data(repeat: int) -> tuple[str, Row]:
+    """The name of the results, and they."""
+    rows = []
+    call(WRITE)
+    for name, layout in LAYOUTS.items():
+        folder = ROOT / "build/load" / name
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        for what, arguments in DEEP.items():
+            runs = [run(folder, arguments) for _ in range(repeat)]
+            rows.append(
+                {
+                    "layout": layout,
+                    "what": what,
+                    "checkpoint_mib": round(size / 2**20),
+                    "seconds": round(statistics.median(s for s, _ in runs), 2),
+                    "peak_mib": round(max(peak for _, peak in runs)),
+                }
+            )
+    shutil.rmtree(FIXED, ignore_errors=True)
+    return "quark-check-deep-cpu.json", {"runs": repeat, "rows": rows}
 
 
 def device_name() -> str:
@@ -128,46 +137,32 @@ def device_name() -> str:
     return platform.machine()
 
 
+def show(result: Row) -> None:
+    table = Table(*result["rows"][0])
+    for row in result["rows"]:
+        cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
+        table.add_row(*cells)
+    head = (f"{name} {value}" for name, value in result.items() if name != "rows")
+    Console(width=140).print(*head, table, sep="\n", highlight=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parts = {"headers": (measure_headers, 5), "data": (measure_data, 3)}
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--repeat", type=int, help="default: 5, of data 3")
+    parser.add_argument("--out", type=Path, help="write results there, as docs/results")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = write(Path(folder))
-        rows = []
-        for output, more in ("report", []), ("--json", ["--json"]):
-            runs = [measure(Path(folder), *more) for _ in range(args.repeat)]
-            rows.append(
-                {
-                    "output": output,
-                    "seconds": statistics.median(run["seconds"] for run in runs),
-                    "seconds_max": max(run["seconds"] for run in runs),
-                    "peak_mib": max(run["peak_mib"] for run in runs),
-                }
-            )
-    table = Table(*rows[0])
-    for row in rows:
-        cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
-        table.add_row(*cells)
-    console = Console()
-    console.print(
-        f"{sizes['tensors']:,} tensors, {sizes['bytes'] / 1e9:.0f} GB in {NUM_SHARDS} "
-        f"shards, {sizes['bytes_on_disk'] / 1e6:.0f} MB of them on disk"
-    )
-    console.print(table)
-    if args.json:
-        result = {
-            "device": device_name(),
-            "date": date.today().isoformat(),
-            "python": platform.python_version(),
-            "repeat": args.repeat,
-            **sizes,
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    for part in args.parts:
+        measure, repeat = parts[part]
+        name, result = measure(args.repeat or repeat)
+        result = {"device": device_name(), "date": date.today().isoformat(), **result}
+        show(result)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time the INT8 fused experts on this CPU against upstream's bfloat16 ones.
 
-    python benchmarks/kernels/benchmark_cpu_int8_moe.py --experts 64 --width 640
+    python -m benchmarks.kernels.benchmark_cpu_int8_moe --experts 64 --width 640
 
-Weights, activations and routing are random, and the routing is fresh for each call.
-The two take turns, so that a busy machine slows both. Prints, for each number of
-tokens, the medians, their ratio, and the rate at which INT8 weights were read.
+Weights, activations and routing are random, and the routing is fresh for each call. For
+each number of tokens: the medians, their ratio, and the rate at which INT8 weights were
+read. Writes `<CPU>/cpu_int8_moe.json` and a plot below --out, if given.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from functools import cache, partial
 
 import torch
-import vllm._custom_ops as ops
 from torch import Tensor
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
-from vllm.model_executor.layers.fused_moe.cpu_int8_moe import cpu_int8_fused_experts
-from vllm.model_executor.layers.quantization.utils.cpu_int8_utils import (
-    has_exact_int8_dot,
-)
 
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+from benchmarks.kernels import runner
+from benchmarks.kernels.runner import Benchmark, Case, Panel, Row, Timed
+
+TOKENS = [1, 16, 128, 512]
+BATCHES = 3  # whose routing differs, in a row
+Sizes = tuple[int, int, int]  # experts, hidden size, width
+Experts = partial[Tensor]
 
 
+@cache
 def int8_experts(num_experts: int, hidden: int, width: int) -> Experts:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.cpu_int8_moe import cpu_int8_fused_experts
+
     def weight(rows: int, columns: int) -> Tensor:
         size = (num_experts, rows, columns)
         return torch.randint(-127, 128, size, dtype=torch.int8)
@@ -56,11 +58,14 @@ def int8_experts(num_experts: int, hidden: int, width: int) -> Experts:
             quant_config=quant_config,
         )
 
-    return run
+    return partial(run)
 
 
+@cache
 def bf16_experts(num_experts: int, hidden: int, width: int) -> Experts:
     """Upstream's kernel for unquantized experts, with AMX where there is one."""
+    import vllm._custom_ops as ops
+
     isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
 
     def weight(rows: int, columns: int) -> Tensor:
@@ -74,60 +79,74 @@ def bf16_experts(num_experts: int, hidden: int, width: int) -> Experts:
             x, w13, w2, None, None, topk_weights, topk_ids, "silu", isa
         )
 
-    return run
+    return partial(run)
 
 
-def measure(
-    functions: list[Experts], num_tokens: int, args: argparse.Namespace
-) -> list[float]:
-    """The median seconds of each function."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(args.warmup + args.repeat):
-        x = torch.randn(num_tokens, args.hidden).bfloat16()
-        topk_weights = torch.rand(num_tokens, args.top_k)
-        order = torch.rand(num_tokens, args.experts).argsort()
-        topk_ids = order[:, : args.top_k].int()
-        for function, times in zip(functions, seconds, strict=True):
-            start = time.perf_counter()
-            function(x, topk_weights, topk_ids)
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times[args.warmup :]) for times in seconds]
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--experts", type=int, default=32, help="default: 32")
-    parser.add_argument("--hidden", type=int, default=4096, help="default: 4096")
-    parser.add_argument("--width", type=int, default=1280, help="default: 1280")
-    parser.add_argument("--top-k", type=int, default=8, help="default: 8")
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1, 16, 128, 512], metavar="M"
+def prepare(sizes: Sizes, top_k: int, num_tokens: int) -> Timed:
+    num_experts, hidden, _ = sizes
+    batches = []
+    for _ in range(BATCHES):
+        x = torch.randn(num_tokens, hidden).bfloat16()
+        order = torch.rand(num_tokens, num_experts).argsort()
+        batches.append((x, torch.rand(num_tokens, top_k), order[:, :top_k].int()))
+    figures = {"bf16_us": bf16_experts, "int8_us": int8_experts}
+    return Timed(
+        {
+            name: [partial(make(*sizes), *batch) for batch in batches]
+            for name, make in figures.items()
+        }
     )
-    parser.add_argument("--warmup", type=int, default=2, help="calls; default: 2")
-    parser.add_argument("--repeat", type=int, default=9, help="calls; default: 9")
-    return parser.parse_args()
+
+
+def gb_per_s(row: Row) -> Row:
+    """Experts that random routing leaves out are not read."""
+    idle = (1 - row["topk"] / row["num_experts"]) ** row["m"]
+    read = row["num_experts"] * (1 - idle) * 3 * row["k"] * row["n"]
+    return {"gb_per_s": round(read / row["int8_us"] / 1e3, 1)}
+
+
+def panels(rows: list[Row]) -> list[Panel]:
+    line = runner.line("INT8", rows, "int8_us", over="bf16_us")
+    return [Panel("fused experts", [line])]
+
+
+BENCHMARK = Benchmark(
+    "cpu_int8_moe",
+    ours={"int8_us": "bf16_us"},
+    panels=panels,
+    ylabel="times bfloat16's speed",
+    also=gb_per_s,
+)
 
 
 def main() -> None:
-    args = parse_args()
-    exact = "int8" if has_exact_int8_dot() else "float32, since oneDNN's int8 saturates"
-    print(
-        f"{args.experts} experts of width {args.width}, hidden {args.hidden}, "
-        f"top {args.top_k}; {torch.get_num_threads()} threads; products in {exact}"
-    )
-    size = args.experts, args.hidden, args.width
-    functions = [int8_experts(*size), bf16_experts(*size)]
-    expert_bytes = 3 * args.hidden * args.width
-    print(f"{'tokens':>6} {'int8 ms':>9} {'bf16 ms':>9} {'bf16/int8':>9} {'GB/s':>6}")
-    for num_tokens in args.tokens:
-        int8, bf16 = measure(functions, num_tokens, args)
-        # Experts that random routing leaves out are not read.
-        idle = (1 - args.top_k / args.experts) ** num_tokens
-        rate = args.experts * (1 - idle) * expert_bytes / int8 / 1e9
-        print(
-            f"{num_tokens:6} {int8 * 1e3:9.2f} {bf16 * 1e3:9.2f} {bf16 / int8:9.2f} "
-            f"{rate:6.1f}"
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    for name, default in ("experts", 32), ("hidden", 4096), ("width", 1280):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"default: {default}"
         )
+    parser.add_argument("--top-k", type=int, default=8, help="default: 8")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="M")
+    parser.add_argument("--repeat", type=int, default=9, help="default: 9")
+    parser.add_argument("--out", type=runner.Path, help="for the results")
+    args = parser.parse_args()
+    runner.warn_of_edits()
+    from vllm.model_executor.layers.quantization.utils import cpu_int8_utils
+
+    exact = "int8"
+    if not cpu_int8_utils.has_exact_int8_dot():
+        exact = "float32, since oneDNN's int8 saturates"
+    print(f"{torch.get_num_threads()} threads; products in {exact}")
+    sizes = args.experts, args.hidden, args.width
+    labels = dict(zip(("num_experts", "k", "n"), sizes, strict=True))
+    cases = [
+        Case(
+            labels | {"topk": args.top_k, "m": m},
+            partial(prepare, sizes, args.top_k, m),
+        )
+        for m in args.tokens
+    ]
+    BENCHMARK.measure(cases, args.out, repeat=args.repeat)
 
 
 if __name__ == "__main__":

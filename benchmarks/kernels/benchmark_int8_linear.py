@@ -4,27 +4,25 @@
     python -m benchmarks.kernels.benchmark_int8_linear
 
 For each shape and number of tokens: upstream's quantization and CUTLASS product, and
-the kernel for few tokens. Times are medians of replays of a CUDA graph on random data,
-over as many weights as do not stay in the cache. The limit is the bytes of the weight
-and the tokens over the measured copy bandwidth.
+the kernel for few tokens, on random data over as many weights as do not stay in the
+cache. The limit is the bytes of the weight and the tokens over the measured copy
+bandwidth.
 
 Writes `<chip>/int8_linear.json` and a plot beside it. With --sweep it tries all tiles
 for each shape, prints the best, and writes nothing.
 """
 
-import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.benchmark_int8_moe import measure_limits, time_us
-from benchmarks.kernels.utils import write_results
+from benchmarks.kernels import runner
+from benchmarks.kernels.runner import Benchmark, Calls, Case, Panel, Row, Timed
 
 
 @dataclass(frozen=True)
@@ -46,136 +44,114 @@ SHAPES = [
     Shape(5120, 2048, "Qwen3-30B-A3B, qkv"),
     Shape(2048, 4096, "Qwen3-30B-A3B, output"),
 ]
+TINY = [Shape(48, 64, "a dry run")]
 TOKENS = [1, 2, 4, 8]
 # More than the cache of any GPU that this knows.
 CACHE_BYTES = 200 << 20
+Layer = tuple[Tensor, Tensor]
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Layer:
-    weight: Tensor
-    scale: Tensor
-
-
+@lru_cache(maxsize=1)
 def make_layers(shape: Shape) -> list[Layer]:
-    size = (shape.n, shape.k)
+    """Weights [N, K] int8 with their scales [N, 1]."""
+    size, device = (shape.n, shape.k), runner.device()
+    enough = -(-CACHE_BYTES // (shape.n * shape.k)) if runner.on_gpu() else 1
     return [
-        Layer(
-            torch.empty(size, dtype=torch.int8, device="cuda").random_(-127, 128),
-            torch.rand(shape.n, 1, device="cuda") * 1e-3,
+        (
+            torch.empty(size, dtype=torch.int8, device=device).random_(-127, 128),
+            torch.rand(shape.n, 1, device=device) * 1e-3,
         )
-        for _ in range(max(2, -(-CACHE_BYTES // (shape.n * shape.k))))
+        for _ in range(max(2, enough))
     ]
 
 
-def stock(x: Tensor, layer: Layer) -> Tensor:
+def stock(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     from vllm import _custom_ops as ops
 
     xq, x_scale, _ = ops.scaled_int8_quant(x)
-    return ops.cutlass_scaled_mm(
-        xq, layer.weight.t(), x_scale, layer.scale, x.dtype, None
-    )
+    return ops.cutlass_scaled_mm(xq, weight.t(), x_scale, scale, x.dtype, None)
 
 
-def with_tiles(tiles: Any, x: Tensor, layer: Layer) -> Tensor:
+def with_tiles(tiles: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
 
-    return int8_few_tokens.run_int8_linear(
-        tiles, x, layer.weight, layer.scale, None, None
+    return int8_few_tokens.run_int8_linear(tiles, x, weight, scale, None, None)
+
+
+def make_calls(product: Product, x: Tensor, shape: Shape) -> Calls:
+    return [partial(product, x, *layer) for layer in make_layers(shape)]
+
+
+def make_x(shape: Shape, num_tokens: int) -> Tensor:
+    return torch.randn(num_tokens, shape.k, device=runner.device()).bfloat16()
+
+
+def prepare(shape: Shape, num_tokens: int) -> Timed:
+    from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
+
+    x = make_x(shape, num_tokens)
+    tiles = int8_few_tokens.choose_tiles(1, shape.n, shape.k)
+    moved = shape.n * shape.k + 2 * num_tokens * (shape.n + shape.k)
+    return Timed(
+        {
+            "stock_us": make_calls(stock, x, shape),
+            "ours_us": make_calls(partial(with_tiles, tiles), x, shape),
+        },
+        runner.limit_us(moved),
     )
 
 
-def time_layers(
-    product: Callable[[Tensor, Layer], Tensor], x: Tensor, layers: list[Layer]
-) -> float:
-    return time_us([partial(product, x, layer) for layer in layers])
-
-
-def sweep() -> None:
+def sweep(shapes: list[Shape], tokens: list[int]) -> None:
     from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import Tiles
 
-    for shape in SHAPES:
-        layers = make_layers(shape)
-        for num_tokens in TOKENS[:3]:
-            x = torch.randn(num_tokens, shape.k, device="cuda").bfloat16()
-            found = []
-            for block_n, warps, programs in itertools.product(
-                (1, 2, 4, 8), (4, 8, 16), (1, 2, 3, 4, 1024)
-            ):
-                if block_n * shape.k > 4 * 16384 * (warps // 4):
-                    continue
+    def candidates(x: Tensor, shape: Shape) -> Iterator[tuple[Any, Calls]]:
+        for block_n, warps, programs in itertools.product(
+            (1, 2, 4, 8), (4, 8, 16), (1, 2, 3, 4, 1024)
+        ):
+            if block_n * shape.k <= 4 * 16384 * (warps // 4):
                 tiles = Tiles(block_n, warps, programs)
-                found.append(
-                    (time_layers(partial(with_tiles, tiles), x, layers), tiles)
-                )
-            us = time_layers(stock, x, layers)
-            found.sort(key=lambda one: one[0])
-            print(f"{shape.n}x{shape.k} {num_tokens}: stock {us:.1f} us", flush=True)
-            for time, tiles in found[:6]:
-                print(f"    {time:6.1f} us {us / time:5.2f}  {tiles}", flush=True)
-        del layers
+                yield tiles, make_calls(partial(with_tiles, tiles), x, shape)
+
+    for shape, num_tokens in itertools.product(shapes, tokens):
+        x = make_x(shape, num_tokens)
+        # Upstream's operators are those of a GPU.
+        upstream = make_calls(stock, x, shape) if runner.on_gpu() else None
+        what = f"{shape.n}x{shape.k} {num_tokens}"
+        runner.best_tiles(what, upstream, candidates(x, shape))
 
 
-def measure(out: Path) -> None:
-    from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
-        choose_tiles,
-    )
-
-    copy_tbps, _ = measure_limits()
-    rows: list[dict[str, Any]] = []
-    for shape in SHAPES:
-        layers = make_layers(shape)
-        ours = partial(with_tiles, choose_tiles(1, shape.n, shape.k))
-        for num_tokens in TOKENS:
-            x = torch.randn(num_tokens, shape.k, device="cuda").bfloat16()
-            moved = shape.n * shape.k + 2 * num_tokens * (shape.n + shape.k)
-            row = {
-                "n": shape.n,
-                "k": shape.k,
-                "m": num_tokens,
-                "stock_us": time_layers(stock, x, layers),
-                "ours_us": time_layers(ours, x, layers),
-                "limit_us": moved / copy_tbps / 1e6,
-            }
-            rows.append(row)
-            print(
-                f"{row['n']:5} x {row['k']:<5} {num_tokens}: stock "
-                f"{row['stock_us']:6.1f} us, ours {row['ours_us']:6.1f}, "
-                f"{row['stock_us'] / row['ours_us']:.2f}x, "
-                f"{row['limit_us'] / row['ours_us']:.0%} of the limit",
-                flush=True,
-            )
-        del layers
-    write_results(out, "int8_linear", rows, plot, copy_tbps=round(copy_tbps, 3))
+def panels(rows: list[Row]) -> list[Panel]:
+    lines = []
+    for n, k in dict.fromkeys((row["n"], row["k"]) for row in rows):
+        of = [row for row in rows if (row["n"], row["k"]) == (n, k)]
+        lines.append(runner.line(f"{n} x {k}", of, "ours_us", over="stock_us"))
+    return [Panel("N x K", lines)]
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for shape in SHAPES:
-        points = [
-            (row["m"], row["stock_us"] / row["ours_us"])
-            for row in result["rows"]
-            if (row["n"], row["k"]) == (shape.n, shape.k)
-        ]
-        label = f"{shape.n} x {shape.k}"
-        axis.plot(*zip(*points, strict=True), marker=".", label=label)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="tokens", ylabel=f"times upstream's speed, {result['chip']}")
-    axis.grid(alpha=0.3)
-    axis.legend(title="N x K")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+BENCHMARK = Benchmark(
+    "int8_linear",
+    ours={"ours_us": "stock_us"},
+    panels=panels,
+    ylabel="times upstream's speed",
+    has_limit=True,
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser = runner.make_parser(__doc__, TOKENS)
     parser.add_argument("--sweep", action="store_true", help="try all tiles")
-    args = parser.parse_args()
-    sweep() if args.sweep else measure(args.out)
+    args = runner.parse(parser, interpreted_tokens=[1, 2])
+    shapes = TINY if args.interpret else SHAPES
+    if args.sweep:
+        sweep(shapes, args.tokens)
+        return
+    cases = [
+        Case({"n": s.n, "k": s.k, "m": m}, partial(prepare, s, m))
+        for s, m in itertools.product(shapes, args.tokens)
+    ]
+    bandwidth = runner.rounded(runner.copy_tbps(), 3)
+    BENCHMARK.measure(cases, args.out, copy_tbps=bandwidth)
 
 
 if __name__ == "__main__":

@@ -1,45 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time the INT8 fused MoE on this GPU against other kernels and against its limit.
 
-    python benchmarks/kernels/benchmark_int8_moe.py --out benchmarks/results
+    python -m benchmarks.kernels.benchmark_int8_moe
 
 For each shape and number of tokens: upstream's `fused_experts` with its default tiles
 and with the best of a sweep, the two products alone of Humming (`humming-kernels`, if
-installed), and this project's layer. Times are medians of replays of a CUDA graph
-on random data, over several batches where weights would stay in the cache. The limit is
-the larger of the bytes that one pass over the routed experts' weights and the tokens
-must move, over the measured copy bandwidth, and the operations over the peak of the
-int8 tensor cores.
+installed), and this project's layer, on random data, over several batches where weights
+would stay in the cache. The limit is the larger of the bytes that one pass over the
+routed experts' weights and the tokens must move, over the measured copy bandwidth, and
+the operations over the peak of the int8 tensor cores.
 
-Writes `<chip>/int8_moe.json` and a plot beside it, and the winners of the sweep to the
-overlay's tuned configs, in upstream's format and place; a later run takes them from
-there.
+Writes `<chip>/int8_moe.json` and a plot beside it. With --sweep it first sweeps
+upstream's tiles and writes the winners to the overlay's tuned configs, in upstream's
+format and place; a later run takes them from there. With --sweep ours it measures tiles
+of ours, prints a line for their table, and writes nothing:
+
+    python -m benchmarks.kernels.benchmark_int8_moe --sweep ours --shape 64 1024 2048 8
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import runner
+from benchmarks.kernels.runner import Benchmark, Calls, Case, Panel, Row, Timed
+
 Config = dict[str, int]
-ROOT = Path(__file__).resolve().parents[2]
-TUNED = ROOT / "vllm/model_executor/layers/fused_moe/configs"
+TUNED = runner.ROOT / "vllm/model_executor/layers/fused_moe/configs"
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """A layer, as one rank holds it."""
 
     num_experts: int
@@ -59,6 +60,7 @@ SHAPES = [
     Shape(128, 768, 2048, 8, "Qwen3-30B-A3B, config.json"),
     Shape(256, 1536, 3072, 8, "MiniMax-M2, config.json"),
 ]
+TINY = Shape(8, 32, 64, 2, "a dry run")
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 SWEEP: list[Config] = [
     {
@@ -97,14 +99,68 @@ class Batch:
     topk_weights: Tensor
 
 
+@dataclass(frozen=True)
+class Fork:
+    """What is used of the fork's kernels: tiles are dataclasses of numbers, flags and
+    such dataclasses, whatever their fields are called."""
+
+    run: Callable[[Layer, Batch], Tensor]  # with the tiles of the table
+    run_tiles: Callable[[Any, Layer, Batch], Tensor]
+    choose: Callable[[Shape, int], Any]  # the table's tiles for so many tokens
+    tables: list[Any]  # all tiles that the tables have for this device
+
+
+@cache
+def fork() -> Fork:
+    """The one place that knows how the fork's modules are called."""
+    from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_configs
+
+    architecture = int8_moe_configs.get_architecture()
+
+    def arguments(layer: Layer, batch: Batch) -> list[Any]:
+        return [batch.x, layer.w13, layer.w2, batch.topk_weights, batch.topk_ids]
+
+    def run(layer: Layer, batch: Batch) -> Tensor:
+        return torch.ops.vllm.int8_fused_experts(
+            *arguments(layer, batch),
+            int8_moe.MoEActivation.SILU.value,
+            False,
+            None,
+            layer.w13_scale,
+            layer.w2_scale,
+            *[None] * 4,
+        )
+
+    def run_tiles(tiles: Any, layer: Layer, batch: Batch) -> Tensor:
+        scales = layer.w13_scale, layer.w2_scale
+        rest = [None, False, None, *scales, *[None] * 4]
+        return int8_moe.run_int8_experts(tiles, *arguments(layer, batch), *rest)
+
+    def choose(shape: Shape, num_tokens: int) -> Any:
+        experts, width, hidden, top_k = shape[:4]
+        sizes = (experts, experts, hidden, width)
+        return int8_moe.choose(architecture, num_tokens, top_k, *sizes)
+
+    tables = [
+        tiles
+        for name, table in vars(int8_moe_configs).items()
+        if name.startswith(f"_{architecture.upper()}") and isinstance(table, tuple)
+        for _, tiles in table
+    ]
+    return Fork(run, run_tiles, choose, list(dict.fromkeys(tables)))
+
+
+@lru_cache(maxsize=1)
 def make_layer(shape: Shape) -> Layer:
+    device = runner.device()
+
     def weight(rows: int, columns: int) -> Tensor:
         size = (shape.num_experts, rows, columns)
-        return torch.empty(size, dtype=torch.int8, device="cuda").random_(-127, 128)
+        return torch.empty(size, dtype=torch.int8, device=device).random_(-127, 128)
 
     def scale(rows: int, columns: int) -> Tensor:
         size = (shape.num_experts, rows, 1)
-        return (torch.rand(size, device="cuda") + 0.5) * 4 / 74 / columns**0.5
+        return (torch.rand(size, device=device) + 0.5) * 4 / 74 / columns**0.5
 
     return Layer(
         shape,
@@ -117,36 +173,22 @@ def make_layer(shape: Shape) -> Layer:
 
 def make_batch(shape: Shape, num_tokens: int, routing: str) -> Batch:
     """Distinct experts a token: all alike, or with Zipf's frequencies."""
-    rank = torch.arange(1, shape.num_experts + 1, device="cuda")
+    device = runner.device()
+    rank = torch.arange(1, shape.num_experts + 1, device=device)
     chance = torch.ones_like(rank) if routing == "random" else 1 / rank
-    uniform = torch.rand(num_tokens, shape.num_experts, device="cuda")
+    uniform = torch.rand(num_tokens, shape.num_experts, device=device)
     # The smallest of exponentially distributed times, at rates that are the chances.
     times = -uniform.clamp(min=1e-30).log() / chance
     topk_ids = times.topk(shape.top_k, largest=False).indices.int()
-    weights = torch.rand(num_tokens, shape.top_k, device="cuda")
-    x = torch.randn(num_tokens, shape.hidden, device="cuda").bfloat16()
+    weights = torch.rand(num_tokens, shape.top_k, device=device)
+    x = torch.randn(num_tokens, shape.hidden, device=device).bfloat16()
     return Batch(x, topk_ids, weights / weights.sum(dim=1, keepdim=True))
 
 
-def time_us(functions: list[Callable[[], Any]], repeat: int = 9) -> float:
-    """Median microseconds a call, of a graph that calls each once."""
-    for function in functions:
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for function in functions:
-            function()
-    graph.replay()
-    times = []
-    for _ in range(repeat):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(functions))
-    return statistics.median(times)
+def make_batches(shape: Shape, num_tokens: int, routing: str) -> list[Batch]:
+    """Several where few tokens would leave their experts in the cache."""
+    copies = 6 if num_tokens <= 8 and runner.on_gpu() else 1
+    return [make_batch(shape, num_tokens, routing) for _ in range(copies)]
 
 
 def stock(layer: Layer, batch: Batch, config: Config | None = None) -> Tensor:
@@ -176,27 +218,6 @@ def stock(layer: Layer, batch: Batch, config: Config | None = None) -> Tensor:
             batch.topk_ids,
             quant_config=quant_config,
         )
-
-
-def ours(layer: Layer, batch: Batch) -> Tensor:
-    from vllm.model_executor.layers.fused_moe import int8_moe
-
-    return torch.ops.vllm.int8_fused_experts(
-        batch.x,
-        layer.w13,
-        layer.w2,
-        batch.topk_weights,
-        batch.topk_ids,
-        int8_moe.MoEActivation.SILU.value,
-        False,
-        None,
-        layer.w13_scale,
-        layer.w2_scale,
-        None,
-        None,
-        None,
-        None,
-    )
 
 
 class Humming:
@@ -256,37 +277,75 @@ class Humming:
         return run
 
 
-def measure_limits() -> tuple[float, float]:
-    """Copy bandwidth in TB/s, read and written bytes, and the int8 peak in TOPS."""
-    a = torch.empty(2**28, dtype=torch.float32, device="cuda").normal_()
-    b = torch.empty_like(a)
-    copy = min(time_us([partial(b.copy_, a)]), time_us([partial(torch.neg, a, out=b)]))
-    bandwidth = 2 * a.nbytes / copy / 1e6
-    del a, b
+@lru_cache(maxsize=1)
+def make_humming(shape: Shape) -> Humming | None:
     try:
-        from humming.ops.bench import tops_bench
-
-        return bandwidth, tops_bench("int8")
-    except Exception as error:  # not installed, or it cannot build here
-        print(f"Humming's int8 peak: {error!r}; a library's product instead")
-    size = 8192
-    m = torch.empty((size, size), dtype=torch.int8, device="cuda").random_(-127, 128)
-    return bandwidth, 2 * size**3 / time_us([partial(torch._int_mm, m, m.t())]) / 1e6
+        return Humming(shape)
+    except Exception as error:  # not installed, or it does not take the shape
+        print(f"Humming: {runner.short(error)}")
+        return None
 
 
-def limit_us(shape: Shape, batch: Batch, copy_tbps: float, peak_tops: float) -> float:
-    active = batch.topk_ids.unique().numel()
-    num_tokens = batch.x.shape[0]
-    weights = 3 * shape.width * shape.hidden
-    moved = active * weights + 4 * num_tokens * shape.hidden
-    operations = 2 * num_tokens * shape.top_k * weights
-    return max(moved / copy_tbps, operations / peak_tops) / 1e6
+def humming_calls(shape: Shape, batches: list[Batch]) -> Calls | None:
+    humming = make_humming(shape) if shape.swept and runner.on_gpu() else None
+    if humming is None:
+        return None
+    try:
+        return [humming(batch, shape.num_experts) for batch in batches]
+    except Exception as error:
+        print(f"Humming: {runner.short(error)}")
+        return None
 
 
-def compile_one(job: tuple[Shape, Config | None, int]) -> None:
+def prepare(
+    shape: Shape, num_tokens: int, routing: str, tuned: dict[int, Config]
+) -> Timed:
+    layer, batches = make_layer(shape), make_batches(shape, num_tokens, routing)
+    config = tuned.get(num_tokens)
+    return Timed(
+        {
+            "stock_us": [partial(stock, layer, b) for b in batches],
+            "stock_tuned_us": [partial(stock, layer, b, config) for b in batches]
+            if config
+            else None,
+            "humming_products_us": humming_calls(shape, batches),
+            "ours_us": [partial(fork().run, layer, b) for b in batches],
+        },
+        limit_us(shape, batches),
+    )
+
+
+def limit_us(shape: Shape, batches: list[Batch]) -> float | None:
+    limits = []
+    for batch in batches:
+        active = batch.topk_ids.unique().numel()
+        num_tokens = batch.x.shape[0]
+        weights = 3 * shape.width * shape.hidden
+        moved = active * weights + 4 * num_tokens * shape.hidden
+        operations = 2 * num_tokens * shape.top_k * weights
+        limits.append(runner.limit_us(moved, operations))
+    return None if None in limits else statistics.mean(filter(None, limits))
+
+
+# Tiles of upstream's kernel.
+
+
+def config_file(shape: Shape) -> Path:
+    name = f"E={shape.num_experts},N={shape.width},device_name={runner.chip()}"
+    return TUNED / f"{name},dtype=int8_w8a8.json"
+
+
+def load_tuned(shape: Shape) -> dict[int, Config]:
+    if not shape.swept or not config_file(shape).exists():
+        return {}
+    stored = json.loads(config_file(shape).read_text())
+    return {int(m): c for m, c in stored.items() if m != "triton_version"}
+
+
+def compile_one(job: tuple[Shape, Config, int]) -> None:
     """Fill the compiler's cache from another process, with a small layer."""
     shape, config, num_tokens = job
-    small = Shape(max(8, shape.top_k), shape.width, shape.hidden, shape.top_k, "")
+    small = shape._replace(num_experts=max(8, shape.top_k))
     layer, batch = make_layer(small), make_batch(small, num_tokens, "random")
     try:
         stock(layer, batch, config)
@@ -294,205 +353,199 @@ def compile_one(job: tuple[Shape, Config | None, int]) -> None:
         print(f"{config}: {type(error).__name__}")
 
 
-def sweep(
-    layer: Layer, batches: dict[int, Batch], deadline: float
-) -> dict[int, tuple[float, Config]]:
-    best: dict[int, tuple[float, Config]] = {}
-    for num_tokens, batch in batches.items():
-        per_expert = batch.topk_ids.numel() / layer.shape.num_experts
-        for config in SWEEP:
-            # Tiles far from the pairs an expert has never win.
-            least = min(128, per_expert / 16)
-            if not least <= config["BLOCK_SIZE_M"] <= max(16, per_expert * 8):
-                continue
-            if time.monotonic() > deadline:
-                return best
-            try:
-                us = time_us([partial(stock, layer, batch, config)], repeat=3)
-            except Exception:
-                continue  # too much shared memory
-            if num_tokens not in best or us < best[num_tokens][0]:
-                best[num_tokens] = us, config
-    return best
-
-
-def measure(args: argparse.Namespace) -> None:
-    start = time.monotonic()
-    chip = torch.cuda.get_device_name().replace(" ", "_")
-    out = args.out / chip
-    out.mkdir(parents=True, exist_ok=True)
-    shapes = [SHAPES[i] for i in args.shapes]
-    copy_tbps, peak_tops = measure_limits()
-    print(f"{chip}: copy {copy_tbps:.2f} TB/s, int8 peak {peak_tops:.0f} TOPS")
-
-    def config_file(shape: Shape) -> Path:
-        name = f"E={shape.num_experts},N={shape.width},device_name={chip}"
-        return TUNED / f"{name},dtype=int8_w8a8.json"
-
-    def load_tuned(shape: Shape) -> dict[int, Config]:
-        if not config_file(shape).exists():
-            return {}
-        stored = json.loads(config_file(shape).read_text())
-        return {int(m): c for m, c in stored.items() if m != "triton_version"}
-
-    swept = [s for s in shapes if s.swept and args.sweep]
-    if any(set(args.tokens) - set(load_tuned(shape)) for shape in swept):
-        # The kernel is the same for all shapes.
-        jobs = [(swept[0], config, 64) for config in SWEEP]
-        with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-            pool.map(compile_one, jobs, chunksize=1)
-        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
-
-    rows: list[dict[str, Any]] = []
-    result = {
-        "chip": chip,
-        "date": datetime.date.today().isoformat(),
-        "copy_tbps": round(copy_tbps, 3),
-        "int8_peak_tops": round(peak_tops, 1),
-        "versions": {p: _version(p) for p in ("torch", "triton", "humming-kernels")},
-        "rows": rows,
+def sweep_upstreams(shapes: list[Shape], args: argparse.Namespace) -> None:
+    """Find upstream's best tiles where there are none yet, and write them down."""
+    started = time.monotonic()
+    deadline = started + args.seconds / 2
+    missing = {
+        shape: [m for m in args.tokens if m not in load_tuned(shape)]
+        for shape in shapes
+        if shape.swept
     }
-
-    def write() -> None:
-        (out / "int8_moe.json").write_text(json.dumps(result, indent=1) + "\n")
-
-    for shape in shapes:
-        layer = make_layer(shape)
-        tuned = load_tuned(shape) if shape.swept else {}
-        missing = [m for m in args.tokens if m not in tuned]
-        if shape in swept and missing:
-            batches = {m: make_batch(shape, m, "random") for m in missing}
-            best = sweep(layer, batches, start + args.seconds / 2)
-            tuned |= {m: config for m, (_, config) in best.items()}
-            stored: dict[str, Any] = {"triton_version": _version("triton")}
-            stored |= {str(m): tuned[m] for m in sorted(tuned)}
-            config_file(shape).write_text(json.dumps(stored, indent=4) + "\n")
-            print(f"swept, {time.monotonic() - start:.0f} s", flush=True)
-        for routing, num_tokens in itertools.product(args.routing, args.tokens):
-            if time.monotonic() > start + args.seconds:
-                break
-            copies = 6 if num_tokens <= 8 else 1
-            some = [make_batch(shape, num_tokens, routing) for _ in range(copies)]
-            row: dict[str, Any] = {
-                "num_experts": shape.num_experts,
-                "n": shape.width,
-                "k": shape.hidden,
-                "topk": shape.top_k,
-                "m": num_tokens,
-                "routing": routing,
-                "stock_us": time_us([partial(stock, layer, b) for b in some]),
-                "stock_tuned_us": None,
-                "humming_products_us": None,
-            }
-            if num_tokens in tuned:
-                config = tuned[num_tokens]
-                row["stock_tuned_us"] = time_us(
-                    [partial(stock, layer, b, config) for b in some]
-                )
-            row["ours_us"] = time_us([partial(ours, layer, b) for b in some])
-            limits = [limit_us(shape, b, copy_tbps, peak_tops) for b in some]
-            row["limit_us"] = statistics.mean(limits)
-            rows.append(row)
-            print(format_row(row), flush=True)
-            write()
-        del layer
-        torch.cuda.empty_cache()
-    for shape in shapes:
-        if shape.swept and time.monotonic() < start + args.seconds:
-            measure_humming(shape, rows)
-            write()
-    plot(result, out / "int8_moe.png")
-
-
-def profile(args: argparse.Namespace) -> None:
-    """Run ours once for each shape and number of tokens, for a profiler to see."""
-    for shape in (SHAPES[i] for i in args.shapes):
-        layer = make_layer(shape)
-        for num_tokens in args.tokens:
-            batch = make_batch(shape, num_tokens, args.routing[0])
-            for _ in range(3):
-                ours(layer, batch)
-            torch.cuda.synchronize()
-            with torch.cuda.profiler.profile():
-                ours(layer, batch)
-                torch.cuda.synchronize()
-
-
-def measure_humming(shape: Shape, rows: list[dict[str, Any]]) -> None:
-    """Fill in Humming's times where it is installed and can build its kernels."""
-    layer = (shape.num_experts, shape.width, shape.hidden)
-    try:
-        humming = Humming(shape)
-        for row in rows:
-            if (row["num_experts"], row["n"], row["k"]) != layer:
-                continue
-            copies = 6 if row["m"] <= 8 else 1
-            some = [make_batch(shape, row["m"], row["routing"]) for _ in range(copies)]
-            calls = [humming(b, shape.num_experts) for b in some]
-            row["humming_products_us"] = time_us(calls)
-            print(format_row(row), flush=True)
-    except Exception as error:
-        print(f"Humming: {error!r}"[:400])
-    torch.cuda.empty_cache()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def format_row(row: dict[str, Any]) -> str:
-    others = ("stock_us", "stock_tuned_us", "humming_products_us")
-    times = [row[name] for name in others]
-    ratios = [f"{t / row['ours_us']:5.2f}" if t else "    -" for t in times]
-    reached = row["limit_us"] / row["ours_us"]
-    return (
-        f"{row['num_experts']:3}x{row['n']:<4} {row['routing']:6} {row['m']:5} "
-        f"ours {row['ours_us']:8.1f}  stock {times[0]:8.1f}  "
-        f"ratios {' '.join(ratios)}  limit {row['limit_us']:7.1f} ({reached:4.0%})"
-    )
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError:
-        print("no plot: matplotlib is not installed")
+    missing = {shape: tokens for shape, tokens in missing.items() if tokens}
+    if not missing:
         return
-    layers = sorted({(r["num_experts"], r["n"], r["k"]) for r in result["rows"]})
-    figure, axes = plt.subplots(
-        1, len(layers), figsize=(4 * len(layers), 4), squeeze=False, sharey=True
-    )
-    for axis, layer in zip(axes[0], layers, strict=True):
-        rows = [
-            r
-            for r in result["rows"]
-            if (r["num_experts"], r["n"], r["k"]) == layer and r["routing"] == "random"
-        ]
-        for name, label in (
-            ("ours_us", "ours"),
-            ("stock_us", "stock"),
-            ("stock_tuned_us", "stock, tuned"),
-            ("humming_products_us", "Humming, products"),
+    # The kernel is the same for all shapes.
+    jobs = [(next(iter(missing)), config, 64) for config in SWEEP]
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        pool.map(compile_one, jobs, chunksize=1)
+    print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
+    for shape, tokens in missing.items():
+        best = load_tuned(shape)
+        for num_tokens in tokens:
+            if time.monotonic() < deadline:
+                best |= best_of_upstreams(shape, num_tokens, deadline)
+        stored: dict[str, Any] = {"triton_version": runner.version("triton")}
+        stored |= {str(m): best[m] for m in sorted(best)}
+        config_file(shape).write_text(json.dumps(stored, indent=4) + "\n")
+        print(f"swept, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def best_of_upstreams(
+    shape: Shape, num_tokens: int, deadline: float
+) -> dict[int, Config]:
+    """By the number of tokens; nothing where none runs."""
+    layer, batch = make_layer(shape), make_batch(shape, num_tokens, "random")
+    per_expert = num_tokens * shape.top_k / shape.num_experts
+    # Tiles far from the pairs an expert has never win.
+    least, most = min(128, per_expert / 16), max(16, per_expert * 8)
+    times: list[tuple[float, Config]] = []
+    for config in SWEEP:
+        if not least <= config["BLOCK_SIZE_M"] <= most or (
+            times and time.monotonic() > deadline
         ):
-            points = [(r["m"], r["limit_us"] / r[name]) for r in rows if r[name]]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=label)
-        axis.set(title="{} x {}, hidden {}".format(*layer), xlabel="tokens")
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(0, 1.1)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(f"share of the limit, {result['chip']}")
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+            continue
+        try:
+            us = runner.time_us([partial(stock, layer, batch, config)], repeat=3)
+        except Exception:
+            continue  # too much shared memory
+        times.append((us, config))
+    best = min(times, key=lambda one: one[0], default=None)
+    return {num_tokens: best[1]} if best else {}
+
+
+# Tiles of ours.
+
+
+def neighbours(tiles: Any) -> Iterator[Any]:
+    """Tiles that differ in one number or flag: half, double, or one more or less."""
+    for one in fields(tiles):
+        value = getattr(tiles, one.name)
+        others: list[Any] = []
+        if is_dataclass(value):
+            others = list(neighbours(value))
+        elif isinstance(value, bool):
+            others = [not value]
+        elif isinstance(value, int):
+            counts = any(of in one.name for of in ("stages", "programs", "ctas"))
+            steps = [value - 1, value + 1] if counts else [value // 2, value * 2]
+            others = [n for n in steps if n >= (0 if value == 0 else 1) and n != value]
+        for other in others:
+            yield replace(tiles, **{one.name: other})
+
+
+def written(tiles: Any) -> str:
+    """As code, without what is the default."""
+    if not is_dataclass(tiles):
+        return repr(tiles)
+    shown = [
+        f"{one.name}={written(getattr(tiles, one.name))}"
+        for one in fields(tiles)
+        if getattr(tiles, one.name) != one.default
+    ]
+    return f"{type(tiles).__name__}({', '.join(shown)})"
+
+
+class Climb:
+    """The search for tiles of a layer and number of tokens, from the table's on."""
+
+    def __init__(self, shape: Shape, num_tokens: int, routing: str) -> None:
+        self.layer = make_layer(shape)
+        self.batches = make_batches(shape, num_tokens, routing)
+        self.best = self.chosen = fork().choose(shape, num_tokens)
+        self.expected = self.run(self.chosen)
+        self.tried = {self.chosen}
+        self.mine = runner.replay(self.calls(self.chosen))
+        self.ratio = 1.0  # of the table's time to that of the best
+
+    def run(self, tiles: Any) -> Tensor:
+        return fork().run_tiles(tiles, self.layer, self.batches[0]).float()
+
+    def calls(self, tiles: Any) -> Calls:
+        run = fork().run_tiles
+        return [partial(run, tiles, self.layer, batch) for batch in self.batches]
+
+    def speed(self, tiles: Any) -> float:
+        """How many times as fast as the table's tiles; 0 where they do not work."""
+        try:
+            error = (self.run(tiles) - self.expected).norm() / self.expected.norm()
+            if not error < 0.01:
+                print(f"    wrong by {error:.0%}: {written(tiles)}")
+                return 0.0
+            replays = {"table": self.mine, "tiles": runner.replay(self.calls(tiles))}
+        except Exception:  # what does not compile, or takes too much memory
+            return 0.0
+        times = runner.take_turns(replays, repeat=5)
+        return times["table"] / times["tiles"]
+
+    def climb(self, candidates: list[Any], rounds: int, deadline: float) -> None:
+        """Go to the fastest of the candidates, then to its neighbours, and so on."""
+        for _ in range(rounds):
+            before = self.ratio
+            for tiles in candidates:
+                if tiles in self.tried or time.monotonic() > deadline:
+                    continue
+                self.tried.add(tiles)
+                if (ratio := self.speed(tiles)) > self.ratio:
+                    self.ratio, self.best = ratio, tiles
+            # Less is what runs differ by.
+            if self.ratio < before * 1.01 and candidates is not fork().tables:
+                break
+            candidates = list(neighbours(self.best))
+
+
+def sweep_ours(shapes: list[Shape], args: argparse.Namespace) -> None:
+    """Print a line of the table for each number of tokens of each shape."""
+    deadline = time.monotonic() + args.seconds
+    for shape, num_tokens in itertools.product(shapes, args.tokens):
+        climb = Climb(shape, num_tokens, args.routing[0])
+        climb.climb(fork().tables, args.rounds, deadline)
+        per_expert = num_tokens * shape.top_k / shape.num_experts
+        us = runner.take_turns({"": climb.mine})[""]
+        print(
+            f"    # {shape.num_experts} x {shape.width}, hidden {shape.hidden}, top "
+            f"{shape.top_k}, {num_tokens} tokens: {us / climb.ratio:.1f} us, the "
+            f"table's {us:.1f} ({climb.ratio:.2f}); {len(climb.tried)} tried\n"
+            f"    ({per_expert:g}, {written(climb.best)}),",
+            flush=True,
+        )
+
+
+def profile(shapes: list[Shape], args: argparse.Namespace) -> None:
+    """Run ours once for each shape and number of tokens, for a profiler to see."""
+    for shape, num_tokens in itertools.product(shapes, args.tokens):
+        layer, batch = make_layer(shape), make_batch(shape, num_tokens, args.routing[0])
+        for _ in range(3):
+            fork().run(layer, batch)
+        torch.cuda.synchronize()
+        with torch.cuda.profiler.profile():
+            fork().run(layer, batch)
+            torch.cuda.synchronize()
+
+
+def panels(rows: list[Row]) -> list[Panel]:
+    found = []
+    for layer in sorted({(row["num_experts"], row["n"], row["k"]) for row in rows}):
+        of = [
+            row
+            for row in rows
+            if (row["num_experts"], row["n"], row["k"]) == layer
+            and row["routing"] == "random"
+        ]
+        lines = [
+            runner.line(label, of, name, over="limit_us")
+            for name, label in (
+                ("ours_us", "ours"),
+                ("stock_us", "stock"),
+                ("stock_tuned_us", "stock, tuned"),
+                ("humming_products_us", "Humming, products"),
+            )
+        ]
+        found.append(Panel("{} x {}, hidden {}".format(*layer), lines))
+    return found
+
+
+BENCHMARK = Benchmark(
+    "int8_moe",
+    ours={"ours_us": "stock_us"},
+    panels=panels,
+    ylabel="share of the limit",
+    has_limit=True,
+)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser = runner.make_parser(__doc__, TOKENS)
     parser.add_argument(
         "--shapes",
         type=int,
@@ -501,9 +554,24 @@ def parse_args() -> argparse.Namespace:
         metavar="I",
         help="; ".join(f"{i}: {s.source}" for i, s in enumerate(SHAPES)),
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="M")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=4,
+        metavar=("E", "N", "K", "TOPK"),
+        help="another one: experts, width and hidden size of a rank, experts a token",
+    )
     parser.add_argument("--routing", nargs="+", default=["random", "zipf"])
-    parser.add_argument("--sweep", action="store_true", help="sweep upstream's tiles")
+    parser.add_argument(
+        "--sweep",
+        nargs="?",
+        const="upstream",
+        choices=["upstream", "ours"],
+        help="tiles of upstream's kernel, before; or of ours, and nothing else",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=6, help="of neighbours, for --sweep ours"
+    )
     parser.add_argument(
         "--profile", action="store_true", help="run ours once, for ncu; time nothing"
     )
@@ -511,9 +579,52 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=3600, help="stop after; default: an hour"
     )
-    return parser.parse_args()
+    return runner.parse(parser, interpreted_tokens=[1, 9])
+
+
+def main() -> None:
+    args = parse_args()
+    deadline = time.monotonic() + args.seconds
+    shapes = [TINY] if args.interpret else [SHAPES[i] for i in args.shapes]
+    if args.shape:
+        experts, width, hidden, top_k = args.shape
+        shapes = [Shape(experts, width, hidden, top_k, "named on the command line")]
+    if args.profile:
+        profile(shapes, args)
+        return
+    if args.sweep == "ours":
+        sweep_ours(shapes, args)
+        return
+    copy_tbps = runner.rounded(runner.copy_tbps(), 3)
+    peak_tops = runner.rounded(runner.int8_peak_tops(), 1)
+    print(f"{runner.chip()}: copy {copy_tbps} TB/s, int8 peak {peak_tops} TOPS")
+    if args.sweep:
+        sweep_upstreams(shapes, args)
+    cases = [
+        Case(
+            {
+                "num_experts": shape.num_experts,
+                "n": shape.width,
+                "k": shape.hidden,
+                "topk": shape.top_k,
+                "m": num_tokens,
+                "routing": routing,
+            },
+            partial(prepare, shape, num_tokens, routing, load_tuned(shape)),
+        )
+        for shape in shapes
+        for routing, num_tokens in itertools.product(args.routing, args.tokens)
+    ]
+    packages = ("torch", "triton", "humming-kernels")
+    BENCHMARK.measure(
+        cases,
+        args.out,
+        deadline,
+        copy_tbps=copy_tbps,
+        int8_peak_tops=peak_tops,
+        versions={package: runner.version(package) for package in packages},
+    )
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    (profile if args.profile else measure)(args)
+    main()

@@ -5,31 +5,30 @@
 
 For both kinds of layers and each number of tokens: queries and keys normalized and
 rotated, and attention's output gated and quantized for `o_proj`; upstream's modules as
-torch.compile makes them, with its operator that quantizes, and the Triton kernels.
-Times are medians of replays of a CUDA graph on random data, in which our kernels start
-while those before end, as in the engine. Before, the results of both are compared.
+torch.compile makes them, with its operator that quantizes, and the Triton kernels. In
+the graphs our kernels start while those before end, as in the engine. Before, the
+results of both are compared.
 
 Writes `<chip>/step3p5_attention.json` and a plot beside it. With --sweep it tries
-numbers of heads a program and warps, prints them, and writes nothing.
+numbers of heads a program and warps, prints the best, and writes nothing.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import vllm.ir
 from torch import Tensor, nn
 
-from benchmarks.kernels.benchmark_int8_moe import time_us
-from benchmarks.kernels.utils import measure_or_sweep, write_results
+from benchmarks.kernels import runner
+from benchmarks.kernels.runner import Benchmark, Calls, Case, Panel, Row, Timed
 
 HEAD_DIM, KV_HEADS = 128, 8
 TOKENS = [1, 8, 64, 256, 1024, 4096, 8192]
 POSITIONS = 16384
+REPEATS = 8  # of a call in a graph
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Kind:
 
 
 KINDS = [Kind("full", 64, 64), Kind("sliding", 96, 128)]
+TINY = [Kind("full", 8, 64)]
 
 
 class Edges(nn.Module):
@@ -95,8 +95,8 @@ def upstreams_gated(
     return xq, scale
 
 
-def compare(ours: tuple[Tensor, Tensor], upstreams: tuple[Tensor, Tensor]) -> None:
-    """End where they differ by more than roundings of the model's dtype."""
+def compare(ours: tuple[Tensor, ...], upstreams: tuple[Tensor, ...]) -> None:
+    """Raise where they differ by more than roundings of the model's dtype."""
     for found, expected in zip(ours, upstreams, strict=True):
         if found.dtype == torch.int8:
             # Upstream rounds what it gates before it quantizes: one step.
@@ -114,108 +114,108 @@ def compare(ours: tuple[Tensor, Tensor], upstreams: tuple[Tensor, Tensor]) -> No
 @dataclass(frozen=True)
 class Batch:
     edges: Edges
-    qkv: Tensor
-    positions: Tensor
-    attention: Tensor
-    gate: Tensor
+    qk: tuple[Tensor, Tensor]  # queries, keys and values; positions
+    heads: tuple[Tensor, Tensor]  # what is gated, and its gate
 
 
 def make_batch(kind: Kind, num_tokens: int) -> Batch:
     from vllm.config import VllmConfig, set_current_vllm_config
 
+    device = runner.device()
     with set_current_vllm_config(VllmConfig()):
-        edges = Edges(kind).to("cuda", torch.bfloat16)
+        edges = Edges(kind).to(device, torch.bfloat16)
+
+    def random(columns: int) -> Tensor:
+        return torch.randn(num_tokens, columns, device=device).bfloat16()
+
     columns = kind.heads * HEAD_DIM
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, device="cuda").bfloat16()
-
-    return Batch(
-        edges,
-        random(num_tokens, columns + 2 * KV_HEADS * HEAD_DIM),
-        torch.randint(POSITIONS, (num_tokens,), device="cuda"),
-        random(num_tokens, columns),
-        random(num_tokens, kind.heads),
-    )
+    positions = torch.randint(POSITIONS, (num_tokens,), device=device)
+    qkv = random(columns + 2 * KV_HEADS * HEAD_DIM)
+    return Batch(edges, (qkv, positions), (random(columns), random(kind.heads)))
 
 
-def measure_row(kind: Kind, num_tokens: int) -> dict[str, Any]:
+def prepare(kind: Kind, num_tokens: int) -> Timed:
+    torch._dynamo.reset()  # of another number of tokens
     batch = make_batch(kind, num_tokens)
-    compiled = torch.compile(batch.edges.upstreams, dynamic=False)
-    gated = partial(upstreams_gated, torch.compile(gate_heads, dynamic=False))
-    qk = batch.qkv, batch.positions
-    heads = batch.attention, batch.gate
-    row: dict[str, Any] = {"layer": kind.name, "m": num_tokens}
-    # Else the norm is an operator that vLLM's own compiler alone looks into.
-    with vllm.ir.enable_torch_wrap(False):
-        compare(batch.edges.ours(*qk), compiled(*qk))
-        compare(ours_gated(*heads), gated(*heads))
-        for name, function in (
-            ("stock_qk_us", partial(compiled, *qk)),
-            ("qk_us", partial(batch.edges.ours, *qk)),
-            ("stock_gate_us", partial(gated, *heads)),
-            ("gate_us", partial(ours_gated, *heads)),
-        ):
-            row[name] = time_us([function] * 8)
-    torch._dynamo.reset()
-    return row
+    edges = batch.edges
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        # What a dry run compiles for a CPU it would not use again.
+        return torch.compile(function, dynamic=False) if runner.on_gpu() else function
+
+    stock_qk = partial(compiled(edges.upstreams), *batch.qk)
+    stock_gate = partial(upstreams_gated, compiled(gate_heads), *batch.heads)
+    qk, gate = partial(edges.ours, *batch.qk), partial(ours_gated, *batch.heads)
+    compare(qk(), stock_qk())
+    if runner.on_gpu():  # upstream's operator rounds otherwise on a CPU
+        compare(gate(), stock_gate())
+    functions = (stock_qk, qk, stock_gate, gate)
+    names = ("stock_qk_us", "qk_us", "stock_gate_us", "gate_us")
+    return Timed({n: [f] * REPEATS for n, f in zip(names, functions, strict=True)})
 
 
-def measure(out: Path, tokens: list[int]) -> None:
-    rows: list[dict[str, Any]] = []
-    for kind, num_tokens in itertools.product(KINDS, tokens):
-        row = measure_row(kind, num_tokens)
-        rows.append(row)
-        print(
-            f"{kind.name:7} {num_tokens:5}: queries and keys "
-            f"{row['stock_qk_us']:6.1f} us, {row['qk_us']:6.1f}, "
-            f"{row['stock_qk_us'] / row['qk_us']:.2f}x; gate "
-            f"{row['stock_gate_us']:6.1f}, {row['gate_us']:6.1f}, "
-            f"{row['stock_gate_us'] / row['gate_us']:.2f}x",
-            flush=True,
-        )
-    write_results(out, "step3p5_attention", rows, plot)
-
-
-def sweep(tokens: list[int]) -> None:
+def sweep(kinds: list[Kind], tokens: list[int]) -> None:
     from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
 
-    for kind, num_tokens in itertools.product(KINDS, tokens):
-        batch = make_batch(kind, num_tokens)
-        qk = batch.qkv, batch.positions
+    def candidates(batch: Batch) -> Iterator[tuple[str, Calls]]:
         for heads, warps in itertools.product((4, 8, 16, 32, 64), (1, 2, 4, 8)):
             qk_norm_rope._HEADS_A_PROGRAM = heads
             qk_norm_rope._NUM_WARPS = warps
-            us = time_us([partial(batch.edges.ours, *qk)] * 8)
-            print(f"{kind.name:7} {num_tokens:5}: {heads:2} {warps} {us:7.1f} us")
+            calls = [partial(batch.edges.ours, *batch.qk)] * REPEATS
+            yield f"{heads} heads a program, {warps} warps", calls
+
+    for kind, num_tokens in itertools.product(kinds, tokens):
+        batch = make_batch(kind, num_tokens)
+        runner.best_tiles(f"{kind.name} {num_tokens}", None, candidates(batch))
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(KINDS), figsize=(10, 4.5), sharey=True)
-    for axis, kind in zip(axes, KINDS, strict=True):
-        for colour, name, label in (
+def panels(rows: list[Row]) -> list[Panel]:
+    found = []
+    for kind in dict.fromkeys(row["layer"] for row in rows):
+        of = [row for row in rows if row["layer"] == kind]
+        lines = []
+        for color, name, what in (
             ("C0", "qk_us", "norm and rotation"),
             ("C1", "gate_us", "gate and quantization"),
         ):
-            for style, prefix, whose in (("--", "stock_", "upstream"), ("-", "", "")):
-                points = [
-                    (row["m"], row[prefix + name])
-                    for row in result["rows"]
-                    if row["layer"] == kind.name
-                ]
-                of = f"{label}, {whose}" if whose else label
-                axis.plot(*zip(*points, strict=True), style, color=colour, label=of)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
-        axis.set(title=f"{kind.name} attention, {kind.heads} heads", xlabel="tokens")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"microseconds, {result['chip']}")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+            for style, figure, whose in (
+                ("--", f"stock_{name}", ", upstream"),
+                ("-", name, ""),
+            ):
+                lines.append(
+                    runner.line(what + whose, of, figure, style=style, color=color)
+                )
+        found.append(Panel(f"{kind} attention", lines))
+    return found
+
+
+BENCHMARK = Benchmark(
+    "step3p5_attention",
+    ours={"qk_us": "stock_qk_us", "gate_us": "stock_gate_us"},
+    panels=panels,
+    ylabel="microseconds",
+    log=True,
+)
+
+
+def main() -> None:
+    parser = runner.make_parser(__doc__, TOKENS)
+    parser.add_argument("--sweep", action="store_true", help="try heads and warps")
+    args = runner.parse(parser, interpreted_tokens=[2])
+    kinds = TINY if args.interpret else KINDS
+    if args.sweep:
+        sweep(kinds, args.tokens)
+        return
+    import vllm.ir
+
+    cases = [
+        Case({"layer": kind.name, "m": m}, partial(prepare, kind, m))
+        for kind, m in itertools.product(kinds, args.tokens)
+    ]
+    # Else the norm is an operator that vLLM's own compiler alone looks into.
+    with vllm.ir.enable_torch_wrap(False):
+        BENCHMARK.measure(cases, args.out)
 
 
 if __name__ == "__main__":
-    measure_or_sweep(__doc__, TOKENS, measure, sweep, "heads and warps")
+    main()

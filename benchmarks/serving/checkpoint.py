@@ -46,6 +46,7 @@ class Widths:
     kv_heads: int = 8
     head_dim: int = 128
     sliding_window: int = 512
+    stacked: bool = True  # 3-key, or a tensor for each expert
 
     def is_full(self, layer: int) -> bool:
         return layer % 4 == 0
@@ -121,7 +122,8 @@ def make_config(widths: Widths) -> dict[str, Any]:
 
 
 def specs(widths: Widths) -> Iterator[Spec]:
-    """All tensors; the experts of a layer are stacked, as Step-3.5-Flash has them."""
+    """All tensors; the experts of a layer are stacked, as Step-3.5-Flash has them,
+    unless they are not to be."""
     bf16 = torch.bfloat16
     hidden, head = widths.hidden, widths.head_dim
 
@@ -161,7 +163,11 @@ def specs(widths: Widths) -> Iterator[Spec]:
         yield from linear(f"{layer}.moe.gate", widths.experts, hidden, int8=False)
         bias = f"{layer}.moe.router_bias"
         yield Spec(bias, (widths.experts,), torch.float32, 0.01)
-        yield from mlp(f"{layer}.moe", width, widths.experts, int8=True)
+        if widths.stacked:
+            yield from mlp(f"{layer}.moe", width, widths.experts, int8=True)
+        else:
+            for expert in range(widths.experts):
+                yield from mlp(f"{layer}.moe.experts.{expert}", width, int8=True)
     yield norm("model.norm", hidden)
     yield from linear("lm_head", widths.vocab, hidden, int8=False)
 
@@ -256,6 +262,33 @@ def _write(folder: Path, config: str, shards: list[list[Spec]], vocab: int) -> N
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     write_tokenizer(folder, vocab)
     (folder / "config.json").write_text(config)
+
+
+def write_headers(folder: Path, widths: Widths, num_shards: int) -> None:
+    """The export with true headers, whose data is a hole in sparse files."""
+    every = list(specs(widths))
+    share = -(-len(every) // num_shards)
+    places: dict[str, str] = {}
+    for number in range(num_shards):
+        file = f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
+        header: dict[str, Any] = {}
+        end = 0
+        for spec in every[number * share : (number + 1) * share]:
+            offsets = [end, end := end + spec.nbytes]
+            dtype = {1: "I8", 2: "BF16", 4: "F32"}[spec.dtype.itemsize]
+            header[spec.name] = {
+                "dtype": dtype,
+                "shape": spec.shape,
+                "data_offsets": offsets,
+            }
+            places[spec.name] = file
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + end)
+    index = {"metadata": {"total_size": weights_bytes(widths)}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(make_config(widths)))
 
 
 def write_tokenizer(folder: Path, vocab: int) -> None:

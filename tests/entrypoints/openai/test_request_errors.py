@@ -33,7 +33,9 @@ from vllm.renderers.inputs.preprocess import prompt_to_seq
 from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from benchmarks.stress_requests import (
+from tests.entrypoints.openai.server_faults import FAULTS
+from tests.server import Server, serve
+from tests.stress.requests import (
     CHAT,
     COMPLETIONS,
     MODEL,
@@ -42,14 +44,12 @@ from benchmarks.stress_requests import (
     malformed,
     oversized,
 )
-from benchmarks.stress_serving_int8 import (
+from tests.stress.stress_serving import (
     EXPORT,
     SERVER_ENV,
     parse_args,
     server_options,
 )
-from tests.entrypoints.openai.server_faults import FAULTS
-from tests.server import Server, serve
 
 MAX_MODEL_LEN = 48
 BODY = {"model": MODEL, "prompt": "1+1=", "max_tokens": 2, "temperature": 0}

@@ -15,9 +15,11 @@ import pytest
 from aiohttp import web
 from vllm.platforms import current_platform
 
-from benchmarks import stress_serving_int8
 from benchmarks.serving.report import save
-from benchmarks.stress_requests import (
+from tests.fixtures import addition
+from tests.server import ServerError, serve
+from tests.stress import stress_serving
+from tests.stress.requests import (
     CHAT,
     COMPLETIONS,
     Mix,
@@ -25,7 +27,7 @@ from benchmarks.stress_requests import (
     clear_sums,
     expect_refusal,
 )
-from benchmarks.stress_serving_int8 import (
+from tests.stress.stress_serving import (
     EXPORT,
     MIB,
     Memory,
@@ -38,8 +40,6 @@ from benchmarks.stress_serving_int8 import (
     parse_args,
     stress,
 )
-from tests.fixtures import addition
-from tests.server import ServerError, serve
 
 SECONDS, IN_FLIGHT, MAX_MODEL_LEN = 1.0, 8, 48
 PAIRS = addition.held_out(50)
@@ -356,8 +356,8 @@ def test_the_server_is_not_left_behind(tmp_path, monkeypatch):
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs a vLLM built for CPUs")
 def test_the_engine_under_stress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The bound on growth is of a longer run: this one ends while memory warms up."""
-    monkeypatch.setattr(stress_serving_int8, "WORK", tmp_path)
-    monkeypatch.setattr(stress_serving_int8, "NUM_SUMS", 500)
+    monkeypatch.setattr(stress_serving, "WORK", tmp_path)
+    monkeypatch.setattr(stress_serving, "NUM_SUMS", 500)
     results = tmp_path / "results.json"
     options = ["--minutes", "0.5", "--in-flight", "32", "--max-model-len", "128"]
     options += ["--max-growth", "0.5", "--results", str(results)]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm serve` of a Quark INT8 export under stress: every answer is judged.
 
-    python -m benchmarks.stress_serving_int8 [--minutes 10] [-- OPTIONS OF VLLM SERVE]
+    python -m tests.stress.stress_serving [--minutes 10] [-- OPTIONS OF VLLM SERVE]
 
 Serves the small trained model, keeps `--in-flight` requests under way and mixes right
 ones with clients that leave and requests that are to be refused
-(stress_requests.py). Then no request may be left in the engine, and SIGTERM must
+(requests.py). Then no request may be left in the engine, and SIGTERM must
 end it in order. docs/stress.md says what counts as a failure.
 
 Writes `{"device", "date", "vllm", "options", "in_flight", "minutes", "seed",
@@ -39,7 +39,9 @@ import psutil
 import torch
 
 from benchmarks.serving import report
-from benchmarks.stress_requests import (
+from examples.compare_builds import device_name
+from tests.server import Server, ServerError, serve
+from tests.stress.requests import (
     MODEL,
     WEIGHTS,
     Mix,
@@ -49,10 +51,8 @@ from benchmarks.stress_requests import (
     clear_sums,
     draw_sums,
 )
-from examples.compare_builds import device_name
-from tests.server import Server, ServerError, serve
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXPORT = ROOT / "tests/fixtures/step3p5-tiny/int8-3key"
 WORK = ROOT / "build/stress"
 NUM_SUMS = 4000
