@@ -42,9 +42,10 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install wheel demo matrix test test-nightly test-mutants fuzz fuzz-check fixtures \
-    architectures \
-    fixtures-train tree patches patches-table mails check-patches check-groups lint bench bench-check \
+.PHONY: help install wheel demo matrix test test-slow test-all test-nightly \
+    test-mutants fuzz fuzz-check fixtures architectures \
+    fixtures-train tree patches patches-table mails check-patches check-groups lint \
+    bench bench-check \
     bench-load bench-serving stress clean
 
 help: ## list the targets
@@ -63,14 +64,20 @@ matrix: $(FORK_READY) ## run every kind of export, and many families: right, ref
 	$(BIN)/python -m examples.matrix $(if $(STOCK),--stock $(STOCK))
 	$(BIN)/python -m examples.families $(if $(STOCK),--stock $(STOCK))
 
-test: $(FORK_READY) ## run the tests
+test: $(FORK_READY) ## run the tests that take minutes: docs/tests.md
+	$(BIN)/pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-slow: $(FORK_READY) ## run the others: engines again and again, stress, fuzz
+	$(BIN)/pytest $(PYTEST_FLAGS) -m slow
+
+test-all: $(FORK_READY) ## run all tests
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-test-nightly: $(FORK_READY) ## run the tests, with over ten times the random examples
+test-nightly: $(FORK_READY) ## run all tests, with over ten times the random examples
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest $(PYTEST_FLAGS)
 
-test-mutants: $(FORK_READY) ## show that named tests fail without each of 0001-0003
-	$(BIN)/python -m tools.mutants
+test-mutants: $(FORK_READY) ## show that named tests fail without each patch; GROUPS=fix
+	$(BIN)/python -m tools.mutants $(if $(GROUPS),--groups $(GROUPS))
 
 fuzz: $(FORK_READY) ## damage 10,000 checkpoints and see that none is read wrong
 	$(BIN)/python -m tests.fuzz.fuzz_checkpoints

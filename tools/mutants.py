@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show that the tests see each edit: build the fork without it, and expect exactly the
-tests marked `needs_patch("<its number>")` to fail."""
+"""Show that the tests see each patch of `fix` and `correct`: build the fork without it
+and what depends on it, and expect exactly the tests marked
+`needs_patch("<its number>")` to fail."""
 
+import argparse
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,10 +16,12 @@ from rich.console import Console
 
 from tools.build import build_wheel
 from tools.errors import ForkError
-from tools.fix import PROBES
-from tools.upstream import ROOT
+from tools.series import dependants, read_series
+from tools.upstream import ROOT, release
 
 MUTANTS = ROOT / "build/mutants"
+# What these groups do for an answer, named tests show.
+GROUPS = ("fix", "correct")
 
 
 def install_without(*numbers: str) -> Path:
@@ -40,6 +45,12 @@ def install(wheel: Path, *names: str) -> Path:
     return folder
 
 
+def marked_files() -> list[str]:
+    """Files with marked tests: others may import what a build without a patch lacks."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    return sorted(str(f) for f in files if "mark.needs_patch(" in f.read_text())
+
+
 def run_tests(package: Path) -> tuple[set[str], dict[str, set[str]]]:
     """Run the marked tests against the package at `package`.
 
@@ -47,45 +58,78 @@ def run_tests(package: Path) -> tuple[set[str], dict[str, set[str]]]:
     """
     report = package.with_suffix(".xml")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "needs_patch"]
-    command += ["-n", "auto", "--maxprocesses=4", "--tb=no", f"--junitxml={report}"]
+    command += ["-n", "auto", "--maxprocesses=4", "--tb=short", f"--junitxml={report}"]
     report.unlink(missing_ok=True)
     env = os.environ | {"PYTHONPATH": str(package)}
+    command += marked_files()
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if not report.exists():
         raise ForkError(f"pytest did not run:\n{run.stdout}{run.stderr}")
     failed: set[str] = set()
-    marked: dict[str, set[str]] = {number: set() for number in PROBES}
+    marked: dict[str, set[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
-        if case.find("error") is not None or case.find("skipped") is not None:
-            raise ForkError(f"{name} neither passed nor failed; see {report}")
+        for wrong in ("error", "skipped"):
+            if (found := case.find(wrong)) is not None:
+                raise ForkError(
+                    f"{name} neither passed nor failed: {found.get('message')}: "
+                    f"{(found.text or '')[-2000:]}"
+                )
         if case.find("failure") is not None:
             failed.add(name)
         for prop in case.iter("property"):
             if prop.get("name") == "needs_patch":
-                marked[prop.get("value", "")].add(name)
+                marked.setdefault(prop.get("value", ""), set()).add(name)
     return failed, marked
 
 
+def judge(
+    number: str, gone: Collection[str], failed: set[str], marked: dict[str, set[str]]
+) -> str:
+    """What a build without the patch shows; `gone` went with it, as they depend on it.
+
+    Raises ForkError where not exactly the patch's tests failed. Of those that are
+    marked for what is gone either is right.
+    """
+    expected = marked.get(number, set())
+    either = set().union(*(marked.get(other, set()) for other in gone)) - expected
+    found = failed - either
+    if not expected or found != expected:
+        raise ForkError(
+            f"without {number}: expected to fail, and passed: "
+            f"{sorted(expected - found) or 'none'}; failed all the same: "
+            f"{sorted(found - expected) or 'none'}"
+            + ("" if expected else "; no test is marked for it")
+        )
+    others = len(set().union(*marked.values()) - expected - either)
+    went = f" and {', '.join(sorted(gone))}, which depend on it" if gone else ""
+    return (
+        f"without {number}{went}: its {len(expected)} tests fail, the {others} of the "
+        "other patches pass"
+    )
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
+    parser.add_argument("--patches", nargs="+", default=[], metavar="0008")
+    args = parser.parse_args()
     console = Console()
     try:
-        for number in PROBES:
-            failed, marked = run_tests(install_without(number))
-            expected = marked[number]
+        series = read_series(release(os.environ.get("VLLM_BASE_VERSION")).series)
+        for patch in series:
+            if patch.group not in args.groups:
+                continue
+            if args.patches and patch.number not in args.patches:
+                continue
+            gone = sorted(dependants(series, [patch.number]))
+            package = install_without(patch.number, *gone)
+            failed, marked = run_tests(package)
             for name in sorted(failed):
                 console.print(f"  {name} failed", highlight=False, soft_wrap=True)
-            if not expected or failed != expected:
-                raise ForkError(
-                    f"without {number}: expected to fail, and passed: "
-                    f"{sorted(expected - failed) or 'none'}; failed all the same: "
-                    f"{sorted(failed - expected) or 'none'}."
-                )
-            others = len(set().union(*marked.values()) - expected)
-            console.print(
-                f"without {number}: its {len(failed)} tests fail, the {others} of the "
-                "other patches pass"
-            )
+            said = judge(patch.number, gone, failed, marked)
+            console.print(said, highlight=False, soft_wrap=True)
+            shutil.rmtree(package)
     except ForkError as error:
         sys.exit(f"error: {error}")
 

@@ -33,7 +33,7 @@ KINDS = [
     ),
     (
         "other linear layers",
-        r"(?i)gemm|int8_linear|^router_|nvjet|cutlass|cublas|splitk|wgmma|gemv|scaled_int8_quant|xmma",
+        r"(?i)gemm|int8_linear|^router_|^split_weight_|nvjet|cutlass|cublas|splitk|wgmma|gemv|scaled_int8_quant|xmma",
     ),
     ("sampling", r"(?i)sampl|softmax|exponential|argmax|multinomial|top_?[kp]_"),
     (

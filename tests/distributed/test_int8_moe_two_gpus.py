@@ -34,10 +34,19 @@ def one() -> Answers:
     return answers
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "eager", [True, pytest.param(False, marks=slow)], ids=["eager", "compiled"]
+)
 @pytest.mark.parametrize(
     "ranks",
-    [{"tensor_parallel_size": 2}, EXPERT_PARALLEL, PIPELINE],
+    [
+        {"tensor_parallel_size": 2},
+        pytest.param(EXPERT_PARALLEL, marks=slow),
+        pytest.param(PIPELINE, marks=slow),
+    ],
     ids=["tensor", "expert", "pipeline"],
 )
 def test_two_ranks_answer_as_one(one: Answers, ranks: dict[str, Any], eager: bool):
@@ -47,6 +56,7 @@ def test_two_ranks_answer_as_one(one: Answers, ranks: dict[str, Any], eager: boo
     assert_alike(two, one)
 
 
+@slow
 @pytest.mark.parametrize("expert_parallel", [True, False], ids=["expert", "tensor"])
 def test_data_parallel_ranks_answer_as_one(one: Answers, expert_parallel: bool):
     """Each rank attends to its own prompts; the experts serve those of both."""
@@ -58,6 +68,7 @@ def test_data_parallel_ranks_answer_as_one(one: Answers, expert_parallel: bool):
     assert_alike(two, one)
 
 
+@slow
 @pytest.mark.parametrize("num_redundant_experts", [0, 4])
 @pytest.mark.parametrize("export", ["int8-3key", "int8-per-expert"])
 def test_eplb_keeps_scales_with_experts(

@@ -38,6 +38,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "export"
 
 
+@pytest.mark.slow
 def test_bad_scale_ends_the_server_before_weights_are_read(folder):
     export = Export(STACKED)
     export.tensors[SCALE].view(-1)[3] = 0

@@ -99,6 +99,7 @@ def test_mutations_repeat():
         assert mutations.mutate(seed) == mutations.mutate(seed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs a vLLM built for CPUs")
 def test_no_damage_is_read_wrong():
     """The first 200 seeds of `make fuzz`."""

@@ -18,6 +18,9 @@ from vllm.model_executor.layers.quantization.quark.quark import QuarkLinearMetho
 from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
 from vllm.model_executor.models.step3p5 import Step3p5Attention
 
+from tests.kernels.utils import DEVICE, interpreted
+from tests.quantization.utils import random_int8, random_scales
+
 HEADS, HEAD_DIM = 3, 4
 
 
@@ -133,21 +136,39 @@ def test_serves_row_parallel_layers_of_its_kernel() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "factor"),
-    [({}, 1), ({"tp_size": 2}, 2), ({"tp_size": 2, "reduce_results": False}, 1)],
-)
+@interpreted
+@pytest.mark.parametrize("reduce_results", [True, False])
 def test_ranks_add_up(
-    changes: dict[str, Any], factor: int, monkeypatch: pytest.MonkeyPatch
+    reduce_results: bool, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    """Each of two ranks has half of the heads, and their results, which are added up
+    where the layer is to, make that of one. One input scale makes them exact."""
+    heads, head_dim, rows = 4, 16, 33
+    x = torch.randn(2, heads, head_dim, generator=rng).to(DEVICE)
+    gate = torch.randn(2, heads, generator=rng).to(DEVICE)
+    weight = random_int8(rows, heads * head_dim, rng=rng).to(DEVICE)
+    scale = random_scales(rows, 1, rng=rng).to(DEVICE)
+    input_scale = torch.tensor(1 / 64, device=DEVICE)
+    reduced: list[Tensor] = []
 
-    def int8_linear(*arguments: Any) -> Tensor:
-        asked.append(arguments)
-        return torch.ones(1)
+    def all_reduce(out: Tensor) -> Tensor:
+        reduced.append(out)
+        return out
 
-    monkeypatch.setattr(torch.ops.quark_int8, "int8_linear", int8_linear)
-    monkeypatch.setattr(int8_gated, "tensor_model_parallel_all_reduce", lambda x: 2 * x)
-    out = int8_gated.gated_linear(make_layer(**changes), "x", "gate")  # type: ignore
-    assert asked == [("x", "weight", "scale", None, None, "gate")]
-    assert out.item() == factor
+    monkeypatch.setattr(int8_gated, "tensor_model_parallel_all_reduce", all_reduce)
+
+    def run_share(rank: int, size: int) -> Tensor:
+        half = slice(rank * heads // size, (rank + 1) * heads // size)
+        columns = weight.view(rows, heads, head_dim)[:, half].flatten(1).contiguous()
+        layer = make_layer(tp_size=size, reduce_results=reduce_results)
+        parameters = columns.t(), scale, input_scale, None, None
+        layer.scheme.kernel._get_layer_params = lambda of: parameters
+        mine = x[:, half].flatten(1), gate[:, half].contiguous()
+        return int8_gated.gated_linear(layer, *mine)
+
+    one = run_share(0, 1)
+    assert not reduced
+    two = run_share(0, 2), run_share(1, 2)
+    assert len(reduced) == (2 if reduce_results else 0)
+    torch.testing.assert_close(two[0] + two[1], one, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(two[0], one)

@@ -60,6 +60,7 @@ def run_pytest(*arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow  # other tests once more
 @NOT_ON_ROCM
 @INTERPRETED
 def test_with_the_platform_faked():
@@ -68,6 +69,7 @@ def test_with_the_platform_faked():
     assert not any("needs ROCm" in line for line in said)
 
 
+@pytest.mark.slow
 @NOT_ON_ROCM
 def test_the_same_tests_are_collected():
     here, there = (

@@ -79,6 +79,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_header_is_a_bomb(bomb, files, tmp_path):
     """In a process of its own, to see what it takes."""
@@ -228,6 +229,7 @@ def test_hostile_files_repeat():
         assert hostile.mutate(seed) == hostile.mutate(seed)
 
 
+@pytest.mark.slow
 def test_no_hostile_file_hurts():
     """The first 40 seeds of `make fuzz-check`."""
     outcomes = fuzz_checkpoints.fuzz(list(range(40)), worker=fuzz_quark_check.WORKER)

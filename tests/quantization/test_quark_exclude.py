@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe import FusedMoE
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -23,7 +24,9 @@ FUSED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
+LAYER = "model.layers.3"
 EDIT_3 = pytest.mark.needs_patch("0003")
+AS_QUARK = pytest.mark.needs_patch("0008")
 
 
 def names(parent: str, fused: str) -> list[str]:
@@ -58,6 +61,49 @@ def names(parent: str, fused: str) -> list[str]:
 )
 def test_one_layer(name, exclude, ignored):
     assert should_ignore_layer(name, exclude, FUSED) is ignored
+
+
+@AS_QUARK
+@pytest.mark.parametrize(
+    "name, exclude",
+    [
+        # amd-quark's own defaults are globs.
+        ("lm_head", "*lm_head"),
+        ("model.layers.3.mlp.gate", "*.gate"),
+        ("model.layers.3.mlp.down_proj", "model.layers.?.mlp.*"),
+        ("model.layers.3.block.qkv_proj", "*.block.[qkv]_proj"),
+    ],
+)
+def test_globs(name, exclude):
+    assert should_ignore_layer(name, [exclude], FUSED) is True
+    assert should_ignore_layer(f"{name}_2", [exclude], FUSED) is exclude.endswith("*")
+
+
+@AS_QUARK
+def test_a_name_comes_before_globs(vllm_config: VllmConfig, quark_dict):
+    """Whatever their order in layer_quant_config."""
+    config = quark_dict()
+    per_tensor = quark_dict(weight="per_tensor")["global_quant_config"]
+    config["layer_quant_config"] = {
+        "*": config["global_quant_config"],
+        f"{LAYER}.mlp.down_proj": per_tensor,
+    }
+    of = QuarkConfig.from_config(config)
+    for name, shape in (("mlp.down_proj", (1,)), ("mlp.up_proj", (16, 1))):
+        layer = ColumnParallelLinear(
+            32, 16, bias=False, quant_config=of, prefix=f"{LAYER}.{name}"
+        )
+        assert tuple(layer.weight_scale.shape) == shape
+
+
+@AS_QUARK
+def test_experts_that_are_excluded_one_by_one(vllm_config: VllmConfig, quark_dict):
+    """As exports of nn.Linear modules name them; vLLM fuses them."""
+    parts = ("gate_proj", "up_proj", "down_proj")
+    excluded = [f"{LAYER}.moe.experts.{e}.{p}" for e in range(4) for p in parts]
+    of = QuarkConfig.from_config(quark_dict(exclude=tuple(excluded)))
+    layer = FusedMoE(4, 2, 64, 32, quant_config=of, prefix=f"{LAYER}.moe.experts")
+    assert layer.w13_weight.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("fused", FUSED)
@@ -113,7 +159,6 @@ def step3p5_ignores(config: QuarkConfig, name: str) -> bool:
     return should_ignore_layer(name, exclude, config.packed_modules_mapping)
 
 
-LAYER = "model.layers.3"
 SHARED = (f"{LAYER}.share_expert.gate_proj", f"{LAYER}.share_expert.up_proj")
 
 

@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.kernels.linear.scaled_mm.triton import (
+    TritonInt8ScaledMMLinearKernel,
+)
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -404,6 +407,33 @@ def test_scales_load_a_second_time(kind, on_disk, quark_dict, rng):
 
         expected = torch.cat([scale for _, scale in weights.values()])[:, None]
         assert torch.equal(layer.weight_scale.data.cpu(), expected)
+
+
+@pytest.mark.needs_patch("0017")
+@each_kind
+def test_weights_load_a_second_time_after_a_kernel_of_gpus(kind, quark_dict, rng):
+    """Those of CUDA and ROCm leave input_zero_point as None, the CPU's leaves none."""
+    layer = kind.build(quark_dict())
+    kernel = layer.scheme.kernel
+    layer.scheme.kernel = TritonInt8ScaledMMLinearKernel.__new__(
+        TritonInt8ScaledMMLinearKernel
+    )
+    vars(layer.scheme.kernel).update(vars(kernel))
+    record_metadata_for_reloading(layer)
+    for again in (False, True):
+        weights = random_weights(kind, per_channel=True, rng=rng)
+        if again:
+            initialize_layerwise_reload(layer)
+        for shard, (weight, scale) in weights.items():
+            load(layer, "weight", shard, weight)
+            load(layer, "weight_scale", shard, scale)
+        if again:
+            finalize_layerwise_reload(layer, None)
+        else:
+            layer.quant_method.process_weights_after_loading(layer)
+        assert layer.input_zero_point is None  # which is what made it fail
+        rows = torch.cat([weight for weight, _ in weights.values()])
+        assert torch.equal(layer.weight.data.cpu(), rows.T)
 
 
 def test_layer_is_freed(quark_dict):

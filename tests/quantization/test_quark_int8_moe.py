@@ -38,6 +38,8 @@ COLUMNS = {"w1": HIDDEN, "w3": HIDDEN, "w2": INTERMEDIATE}
 SCALES = ("w13_weight_scale", "w2_weight_scale")
 
 EDIT_2 = pytest.mark.needs_patch("0002")
+RIGHT_SCALES = pytest.mark.needs_patch("0009")
+EPLB = pytest.mark.needs_patch("0015")
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,7 @@ def test_per_tensor_scales_of_static_activations(layout, parallel, quark_dict, r
         assert (part - exact).abs().max() < 0.5 + 127 * 2**-11
 
 
+@RIGHT_SCALES
 @each_layout
 def test_per_tensor_scales_of_dynamic_activations(layout, parallel, quark_dict, rng):
     """A scale for each channel, as the kernels want it; the weights as they were."""
@@ -602,6 +605,7 @@ def test_experts_match_float64(weight, static, device, quark_dict, rng):
     assert error < 0.05
 
 
+@EPLB
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
 def test_experts_that_eplb_moved_answer_alike(weight, has_bias, quark_dict, rng):

@@ -378,6 +378,7 @@ def check_model(case: Model, as_rank: Callable, quark_dict: Callable, tmp_path) 
 
 
 # Without edit 3 excluded layers that vLLM fuses are INT8.
+@pytest.mark.slow
 @pytest.mark.needs_patch("0003")
 @given(case=models())
 def test_step3p5(case, as_rank, quark_dict, tmp_path):

@@ -41,6 +41,8 @@ from tests.stress.stress_serving import (
     stress,
 )
 
+pytestmark = pytest.mark.slow
+
 SECONDS, IN_FLIGHT, MAX_MODEL_LEN = 1.0, 8, 48
 PAIRS = addition.held_out(50)
 # All that the requests to be refused are to be told.

@@ -17,9 +17,12 @@ from vllm.platforms import current_platform
 from tests.engine import Answers, ask_each
 from tests.v1.utils import BF16, EXPORT, FIXTURES, PROMPTS, TOP, assert_alike, rounding
 
-pytestmark = pytest.mark.skipif(
-    not current_platform.is_cpu(), reason="needs a vLLM built for CPUs"
-)
+pytestmark = [
+    pytest.mark.slow,  # three engines a test
+    pytest.mark.skipif(
+        not current_platform.is_cpu(), reason="needs a vLLM built for CPUs"
+    ),
+]
 NUM_TOKENS = 6
 
 

@@ -40,7 +40,11 @@ def test_answers_are_those_of_upstreams_kernel(upstreams: Answers, eager: bool) 
     assert_alike(ours, upstreams)
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "eager",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["eager", "compiled"],
+)
 def test_few_tokens(upstreams: Answers, eager: bool) -> None:
     """One prompt at a time: INT8 linear layers take their kernel for few tokens."""
     [alone] = ask(EXPORT, PROMPTS, NUM_TOKENS, enforce_eager=eager, max_num_seqs=1)
@@ -49,6 +53,7 @@ def test_few_tokens(upstreams: Answers, eager: bool) -> None:
     assert_alike(alone, upstreams)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_no_kernel_is_compiled_while_requests_wait(eager: bool) -> None:
     """Patch 0024: steps of one token to 600 find their kernels compiled."""
@@ -67,6 +72,7 @@ def test_no_kernel_is_compiled_while_requests_wait(eager: bool) -> None:
         assert answers.num_compiled == [0]
 
 
+@pytest.mark.slow
 def test_chunked_prefill_and_prefix_cache() -> None:
     """A prompt in chunks answers as a whole one, and what the cache holds of it too.
 
@@ -91,6 +97,7 @@ def test_chunked_prefill_and_prefix_cache() -> None:
         assert_alike(answers, whole, LONG_PROMPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_answers_after_sleep(eager: bool) -> None:
     """At level 1 weights wait in the host's memory, at level 2 they load again."""

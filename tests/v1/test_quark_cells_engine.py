@@ -53,7 +53,17 @@ def texts(answers: Answers) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.key)
+# Each starts four engines, of which two compile: what people have stands for all.
+QUICK = ("int8-3key",)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(c, id=c.key, marks=[] if c.key in QUICK else pytest.mark.slow)
+        for c in CELLS
+    ],
+)
 def test_cell(cell: Cell, tmp_path: Path, references) -> None:
     """Right or refused as it should be, judged as `make matrix` judges; the INT8 MoE's
     own kernels run where they serve and were not put aside."""

@@ -14,6 +14,7 @@ from examples import rewritten
 from examples.rewritten import Case
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs a vLLM built for CPUs")
 def test_stock_answers_right(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")

@@ -13,9 +13,12 @@ from vllm.platforms import current_platform
 from tests.engine import Answers, ask, ask_data_parallel, reload
 from tests.v1.utils import EXPORT, NUM_TOKENS, PIPELINE, PROMPTS, assert_alike, clear
 
-pytestmark = pytest.mark.skipif(
-    not current_platform.is_cpu(), reason="needs a vLLM built for CPUs"
-)
+pytestmark = [
+    pytest.mark.slow,  # an engine for each way to share the weights
+    pytest.mark.skipif(
+        not current_platform.is_cpu(), reason="needs a vLLM built for CPUs"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,9 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("architecture", ["hopper", "cuda", "rocm"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [SHAPES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SHAPES[1:])]
+)
 @pytest.mark.parametrize("dp_size", [1, 3])
 def test_sizes_reach_every_kernel(
     dp_size: int,
@@ -91,14 +93,21 @@ def test_sizes_reach_every_kernel(
         assert needed <= compiled, num_tokens
 
 
-def test_sizes_lie_between_graphs_and_the_profile_run() -> None:
-    """Those of Step-3.5-Flash: tiles by the pairs of each of 288 experts; the router's
-    beyond 1023 and 2047 tokens."""
+@pytest.mark.parametrize("captured", [0, 16, 512])
+def test_sizes_lie_between_graphs_and_the_profile_run(captured: int) -> None:
+    """Of Step-3.5-Flash: each is the first that needs its kernels, those of a shorter
+    step are among those of a longer one, and a model with all of its steps in graphs
+    needs none."""
     layer = Layer(8, 288, 288, 4096, 1280, dp_size=1)
-    sizes = warmup_sizes("hopper", layer, 512, 8192)
-    assert sizes == [513, 577, 1024, 1153, 2048]
-    assert warmup_sizes("hopper", layer, 512, 1153) == [513, 577, 1024]
-    assert warmup_sizes("hopper", layer, 512, 512) == []
+    sizes = warmup_sizes("hopper", layer, captured, MAX_TOKENS)
+    assert sizes and sizes == sorted(set(sizes))
+    assert captured < sizes[0] and sizes[-1] < MAX_TOKENS
+    needed = [layer.kernels("hopper", size) for size in (*sizes, MAX_TOKENS)]
+    assert len(set(needed)) == len(needed)
+    for most in (captured + 1, 600, 1153, 3000):
+        shorter = warmup_sizes("hopper", layer, captured, most)
+        assert set(shorter) <= {size for size in sizes if size < most}
+    assert warmup_sizes("hopper", layer, captured, captured) == []
 
 
 class Worker(SimpleNamespace):
@@ -138,15 +147,15 @@ def moe_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
 
 
 def test_runs_models_of_int8_experts(moe_model: nn.Module) -> None:
+    """With the sizes beyond the largest graph, or all with enforce_eager."""
     options = {"cudagraph_runtime_mode": CUDAGraphMode.NONE, "skip_eplb": True}
-    worker = Worker.of(moe_model, [1, 2, 16])
-    int8_warmup.int8_warmup(worker)
-    # Tiles for up to 8 pairs an expert; those of 64 tokens, 16 pairs, begin at 33.
-    assert worker.runs == [(17, options)]
-    worker = Worker.of(moe_model, [])  # enforce_eager
-    int8_warmup.int8_warmup(worker)
-    # One token, then more of it for linear layers and the router.
-    assert worker.runs == [(size, options) for size in (1, 2, 3, 5, 9)]
+    experts: Any = list(moe_model.children())[-1]
+    for captured in ([1, 2, 16], []):
+        worker = Worker.of(moe_model, captured)
+        int8_warmup.int8_warmup(worker)
+        most = max(captured, default=0)
+        sizes = warmup_sizes("hopper", Layer.of(experts.moe_config), most, 64)
+        assert sizes and worker.runs == [(size, options) for size in sizes]
 
 
 def test_leaves_other_models_alone(moe_model: nn.Module) -> None:

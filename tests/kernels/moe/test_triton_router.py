@@ -4,6 +4,7 @@
 On a GPU if there is one, else in Triton's interpreter.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -87,14 +88,18 @@ def in_float64(
 
 
 def choose(
-    logits: Tensor, top_k: int, renormalize: bool, bias: Tensor | None
+    logits: Tensor,
+    top_k: int,
+    renormalize: bool,
+    bias: Tensor | None,
+    operator: Callable[..., None] = topk_sigmoid,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = logits.shape[0], top_k
     weights = torch.full(size, torch.nan, device=DEVICE)
     ids, rows = (
         torch.full(size, -1, dtype=torch.int32, device=DEVICE) for _ in range(2)
     )
-    topk_sigmoid(weights, ids, rows, logits, renormalize, bias)
+    operator(weights, ids, rows, logits, renormalize, bias)
     return weights.cpu(), ids.cpu(), rows.cpu()
 
 
@@ -195,16 +200,23 @@ def test_leaves_logits_that_are_not_to_depend_on_the_batch(
     assert not triton_router.serves_product(x, weight)
 
 
-def test_tiles_are_chosen_where_they_were_faster() -> None:
-    kinds = {m: type(choose_tiles(m, 4096)) for m in (1, 64, 65, 1023, 1024, 16384)}
-    assert kinds == {
-        **dict.fromkeys((1, 64), FewTiles),
-        **dict.fromkeys((65, 1023), type(None)),
-        **dict.fromkeys((1024, 16384), Tiles),
-    }
-    assert {choose_tiles(m, 4096) for m in (1024, 2048, 4096)} == set(CHOSEN)
-    # Rows that do not fit into a program's registers.
-    assert choose_tiles(1, 4097) is None
+@pytest.mark.parametrize("hidden", [16, 4096, 4097, 12288])
+def test_tiles_fit_a_multiprocessor(hidden: int) -> None:
+    """Rows lie in registers, stages in shared memory, sums of a step and of all too;
+    what is tested above is what is chosen."""
+    chosen = {choose_tiles(m, hidden) for m in [*range(1, 70), *range(70, 20000, 97)]}
+    for tiles in chosen - {None}:
+        if isinstance(tiles, FewTiles):
+            words = 1 << (hidden - 1).bit_length()
+            # bfloat16 of tokens, float32 of weights.
+            held = tiles.block_m / 2 + tiles.block_e
+            per_thread = held * words / tiles.num_warps / 32
+            assert per_thread <= 255
+        else:
+            assert tiles in TILES
+            parts = 2 * tiles.block_m + 3 * 2 * tiles.block_e  # bfloat16, three of w
+            assert tiles.num_stages * tiles.block_k * parts <= 227 << 10
+            assert tiles.block_m * tiles.block_e / tiles.num_warps <= 2048
 
 
 def test_gate_of_step_3p5_asks_it(monkeypatch: pytest.MonkeyPatch, vllm_config) -> None:
@@ -231,14 +243,18 @@ def test_gate_of_step_3p5_asks_it(monkeypatch: pytest.MonkeyPatch, vllm_config) 
     torch.testing.assert_close(found, expected + 1)
 
 
-def test_upstreams_operator_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@interpreted
+def test_upstreams_operator_asks_it(
+    monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
     """Patch 0023: the choice, wherever it serves, each argument in its place."""
-    asked = []
     monkeypatch.setattr(triton_router, "serves_choice", lambda *_: True)
     monkeypatch.setattr(ops, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    monkeypatch.setattr(
-        torch.ops.quark_int8, "topk_sigmoid", lambda *arguments: asked.append(arguments)
-    )
-    arguments = ("weights", "ids", "rows", "logits", True, "bias")
-    ops.topk_sigmoid(*arguments)
-    assert asked == [arguments]
+    # Which a build for CPUs does not have, nor more experts than its own any build.
+    monkeypatch.setattr(torch.ops, "_moe_C", None, raising=False)
+    logits = torch.randn(5, 36, generator=rng).to(DEVICE)
+    bias = torch.randn(36, generator=rng).to(DEVICE)
+    weights, ids, _ = choose(logits, 3, True, bias, ops.topk_sigmoid)
+    wanted_weights, wanted_ids = in_float64(logits, 3, True, bias)
+    assert torch.equal(ids.long(), wanted_ids)
+    torch.testing.assert_close(weights.double(), wanted_weights, rtol=1e-6, atol=1e-7)

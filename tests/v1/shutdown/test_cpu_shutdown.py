@@ -70,6 +70,7 @@ def test_llm_ends_cleanly(tmp_path):
     assert_clean(child.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=str)
 def test_server_ends_cleanly(sent, tmp_path):
     with serve(MODEL, tmp_path / "log", OPTIONS) as server:

@@ -139,6 +139,7 @@ cpu = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow  # five servers
 @pytest.mark.parametrize(
     "ranks",
     [
