@@ -93,9 +93,6 @@ class Settings:
     widths: Widths
     batches: Sequence[int] = BATCHES
     prompt_tokens: Sequence[int] = PROMPT_TOKENS
-    latency: dict[str, int] | None = None
-    throughput: dict[str, int] | None = None
-    engine_args: Sequence[str] = ()  # beside those that are always given
     alone: bool = False  # each server has the GPU for itself
 
     @property
@@ -151,7 +148,7 @@ def kv_cache_bytes(widths: Widths, engines: int) -> int:
 def engine_args(settings: Settings) -> list[str]:
     """The same for all engines, so that times and memory can be compared."""
     cells = [cell(b, p) for b in settings.batches for p in settings.prompt_tokens]
-    cells += [settings.latency or LATENCY, settings.throughput or THROUGHPUT]
+    cells += [LATENCY, THROUGHPUT]
     longest = max(one["prompt_tokens"] + one["output_tokens"] for one in cells)
     engines = 1 if settings.alone else len(settings.builds)
     return [
@@ -163,7 +160,6 @@ def engine_args(settings: Settings) -> list[str]:
         *("--gpu-memory-utilization", "0.4"),
         # Prompts that come again are to be read again.
         "--no-enable-prefix-caching",
-        *settings.engine_args,
     ]
 
 
@@ -272,10 +268,7 @@ def cell_rows(runs: Sequence[dict[str, Any]]) -> list[report.Row]:
 
 def measure_offline(settings: Settings) -> Generator[Found, None, None]:
     """The start of each build's engine, then the rows of latency and throughput."""
-    cells = {
-        "latency": settings.latency or LATENCY,
-        "throughput": settings.throughput or THROUGHPUT,
-    }
+    cells = {"latency": LATENCY, "throughput": THROUGHPUT}
     job = {"job": "offline", "engine_args": engine_args(settings), **cells}
     # As the command `vllm` does: forked from a process with threads an engine may hang.
     env = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
@@ -398,7 +391,7 @@ def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
             check_kernels(settings.builds)
         report.plot(result, path.with_suffix(".png"))
     if result["rows"]:
-        report.show(result["rows"], console)
+        console.print(report.markdown(result), highlight=False, markup=False)
     if profile["builds"]:
         console.print(report.profile_markdown(profile), highlight=False, markup=False)
     return result

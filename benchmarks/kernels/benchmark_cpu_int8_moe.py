@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import runner
-from benchmarks.kernels.runner import Benchmark, Case, Panel, Row, Timed
+from benchmarks.kernels.runner import Benchmark, Case, Row, Timed
+from benchmarks.plots import Panel
 
 TOKENS = [1, 16, 128, 512]
 BATCHES = 3  # whose routing differs, in a row

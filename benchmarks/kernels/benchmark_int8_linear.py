@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import runner
-from benchmarks.kernels.runner import Benchmark, Calls, Case, Panel, Row, Timed
+from benchmarks.kernels.runner import Benchmark, Calls, Case, Row, Timed
+from benchmarks.plots import Panel
 
 
 @dataclass(frozen=True)

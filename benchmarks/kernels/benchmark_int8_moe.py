@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import runner
-from benchmarks.kernels.runner import Benchmark, Calls, Case, Panel, Row, Timed
+from benchmarks.kernels.runner import Benchmark, Calls, Case, Row, Timed
+from benchmarks.plots import Panel
 
 Config = dict[str, int]
 TUNED = runner.ROOT / "vllm/model_executor/layers/fused_moe/configs"

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import runner
-from benchmarks.kernels.runner import Benchmark, Calls, Case, Panel, Row, Timed
+from benchmarks.kernels.runner import Benchmark, Calls, Case, Row, Timed
+from benchmarks.plots import Panel
 
 EXPERTS, HIDDEN, TOPK = 288, 4096, 8
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]

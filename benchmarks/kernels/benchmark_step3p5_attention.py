@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernels import runner
-from benchmarks.kernels.runner import Benchmark, Calls, Case, Panel, Row, Timed
+from benchmarks.kernels.runner import Benchmark, Calls, Case, Row, Timed
+from benchmarks.plots import Panel
 
 HEAD_DIM, KV_HEADS = 128, 8
 TOKENS = [1, 8, 64, 256, 1024, 4096, 8192]

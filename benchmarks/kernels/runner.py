@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.plots import Line, Panel, draw
 from benchmarks.serving.report import save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,22 +49,6 @@ class Case:
 
     labels: Row
     prepare: Callable[[], Timed]
-
-
-@dataclass(frozen=True)
-class Line:
-    label: str
-    points: Sequence[tuple[float, float]]
-    style: str = ".-"
-    color: str | None = None
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A part of a plot; `lines` over tokens."""
-
-    title: str
-    lines: Sequence[Line]
 
 
 @dataclass(frozen=True)
@@ -161,35 +146,8 @@ class Benchmark:
         return text + "".join(f", {value} {name}" for name, value in also.items())
 
     def plot(self, result: Mapping[str, Any], path: Path) -> None:
-        try:
-            import matplotlib.pyplot as plt
-        except ModuleNotFoundError:
-            print("no plot: matplotlib is not installed")
-            return
-        panels = self.panels(result["rows"])
-        width = max(8, 4 * len(panels))
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=(width, 4.5), squeeze=False, sharey=True
-        )
-        for axis, panel in zip(axes[0], panels, strict=True):
-            for line in panel.lines:
-                if line.points:
-                    xy = zip(*line.points, strict=True)
-                    axis.plot(*xy, line.style, color=line.color, label=line.label)
-            axis.set(title=panel.title, xlabel="tokens")
-            axis.set_xscale("log", base=2)
-            if self.log:
-                axis.set_yscale("log", base=2)
-            else:
-                axis.set_ylim(bottom=0)
-                axis.axhline(1, color="black", linewidth=0.8)
-            axis.grid(alpha=0.3)
-        axes[0][0].set_ylabel(f"{self.ylabel}, {result['chip']}")
-        if any(one.points for one in panels[0].lines):
-            axes[0][0].legend()
-        figure.tight_layout()
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
+        ylabel = f"{self.ylabel}, {result['chip']}"
+        draw(self.panels(result["rows"]), path, ylabel, self.log)
 
 
 def line(

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.plots import Line, Panel, draw
 from benchmarks.serving.errors import BenchmarkError
 
 Row = dict[str, Any]
@@ -179,24 +177,6 @@ def save(path: Path, result: Mapping[str, Any]) -> None:
     part.replace(path)
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
-    table = Table("metric", "batch", "prompt tokens", *BUILDS, "fork is better by")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        better = ratio(row)
-        colour = "green" if better >= 1.02 else "red" if better < 0.98 else "none"
-        table.add_row(
-            row["metric"],
-            *(str(row[name] or "") for name in ("batch", "prompt_tokens")),
-            *(f"{row[build]:,.5g}" for build in BUILDS),
-            f"[{colour}]{better:.2f}x",
-        )
-    console.print(table)
-    for line in verdicts(rows):
-        console.print(line, highlight=False)
-
-
 def markdown(result: Mapping[str, Any]) -> str:
     """Tables of the results for docs/serving.md: stock, fork and how much better."""
     rows = result["rows"]
@@ -256,47 +236,21 @@ def profile_markdown(result: Mapping[str, Any]) -> str:
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError:
-        print("no plot: matplotlib is not installed")
-        return
+    """How many times better than stock, by requests at a time."""
     rows = [row for row in result["rows"] if row["prompt_tokens"]]
-    lengths = sorted({row["prompt_tokens"] for row in rows})
-    if not lengths:
-        return
-    figure, axes = plt.subplots(
-        1, len(lengths), figsize=(4.5 * len(lengths), 4), squeeze=False, sharey=True
-    )
-    batches = sorted({row["batch"] for row in rows})
-    for axis, length in zip(axes[0], lengths, strict=True):
+    panels = []
+    for length in sorted({row["prompt_tokens"] for row in rows}):
+        lines = []
         for number, metric in enumerate(SPEED):
-            if metric == OUTPUT_RATE:
-                continue  # the same ratio as that of all tokens
             points = sorted(
-                (batches.index(row["batch"]), ratio(row))
+                (row["batch"], ratio(row))
                 for row in rows
                 if (row["metric"], row["prompt_tokens"]) == (metric, length)
             )
-            if points:
+            if metric != OUTPUT_RATE:  # the same ratio as that of all tokens
                 label = metric.split(" (")[0]
-                axis.plot(
-                    *zip(*points, strict=True),
-                    marker="o",
-                    label=label,
-                    color=f"C{number}",
-                )
-        axis.axhline(1, color="grey", linewidth=1)
-        axis.set(title=f"prompts of {length} tokens", xlabel="requests at a time")
-        axis.set_xticks(range(len(batches)), map(str, batches))
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(f"times better than stock, {result['chip']}")
-    handles = {
-        label: handle
-        for axis in axes[0]
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+                lines.append(Line(label, points, "o-", f"C{number}"))
+        panels.append(Panel(f"prompts of {length} tokens", lines))
+    if panels:
+        ylabel = f"times better than stock, {result['chip']}"
+        draw(panels, path, ylabel, xlabel="requests at a time")

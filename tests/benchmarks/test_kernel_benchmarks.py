@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks.kernels import benchmark_int8_moe, runner
-from benchmarks.kernels.runner import Benchmark, Case, Panel, Timed
+from benchmarks.kernels.runner import Benchmark, Case, Timed
+from benchmarks.plots import Panel
 from tests.kernels.utils import GPU, interpreted
 
 RESULTS = runner.ROOT / "benchmarks/results"
