@@ -2,11 +2,13 @@
 """Imports of vllm's own modules and names, looked up in a tree of files."""
 
 import ast
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
 Read = Callable[[str], str]
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+GUARD = re.compile("TYPE_CHECKING|find_spec")
 NOT_FOUND = {"ImportError", "ModuleNotFoundError", "Exception", "AttributeError"}
 
 
@@ -16,7 +18,7 @@ def missing_imports(names: Iterable[str], files: set[str], read: Read) -> list[s
 
     `files` are the tree's, binaries too; `read` gives the source of one. What stands
     in a `try` that expects it to be missing, or in its handlers, is left out, and so is
-    what a type checker alone imports.
+    what is looked for by `find_spec` first, or is a type checker's alone.
     """
 
     @cache
@@ -73,7 +75,7 @@ def imports(
         elif isinstance(node, ast.Try) and any(map(_expects_none, node.handlers)):
             rest = [*node.orelse, *node.finalbody]
             yield from imports(ast.Module(rest, []), into_functions)
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        elif isinstance(node, ast.If) and GUARD.search(ast.unparse(node.test)):
             yield from imports(ast.Module(node.orelse, []), into_functions)
         else:
             yield from imports(node, into_functions)

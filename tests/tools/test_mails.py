@@ -122,6 +122,7 @@ SOURCES = {
         ("def f():\n from vllm.b import g", ["vllm.b.g"]),
         ("try:\n import vllm.b\nexcept ImportError:\n import vllm.c", []),
         ("try:\n import vllm.b\nexcept KeyError:\n pass", ["vllm.b"]),
+        ("if find_spec('vllm.b'):\n import vllm.b", []),
         ("if TYPE_CHECKING:\n import vllm.b\nelse:\n import vllm.c", ["vllm.c"]),
     ],
 )
