@@ -74,7 +74,9 @@ def run(folder: Path, arguments: Sequence[str]) -> tuple[float, float]:
     started = time.perf_counter()
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            [sys.executable, QUARK_CHECK, folder, *arguments], stdout=subprocess.DEVNULL, stderr=said
+            [sys.executable, QUARK_CHECK, folder, *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
         )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started

@@ -28,7 +28,9 @@ Experts = partial[Tensor]
 def int8_experts(num_experts: int, hidden: int, width: int) -> Experts:
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
-    from vllm.model_executor.layers.fused_moe.cpu_int8_moe import cpu_int8_fused_experts
+    from vllm.model_executor.layers.fused_moe.experts.quark_int8_cpu import (
+        cpu_int8_experts,
+    )
 
     def weight(rows: int, columns: int) -> Tensor:
         size = (num_experts, rows, columns)
@@ -47,17 +49,17 @@ def int8_experts(num_experts: int, hidden: int, width: int) -> Experts:
     )
 
     def run(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return cpu_int8_fused_experts(
+        return cpu_int8_experts(
             x,
             w13,
             w2,
             topk_weights,
             topk_ids,
             MoEActivation.SILU,
-            apply_router_weight_on_input=False,
+            apply_router_weight=True,
             expert_map=None,
             quant_config=quant_config,
-        )
+        ).to(x.dtype)
 
     return partial(run)
 

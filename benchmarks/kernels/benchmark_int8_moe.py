@@ -84,7 +84,7 @@ SWEEP: list[Config] = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     shape: Shape
     w13: Tensor
@@ -105,7 +105,6 @@ class Fork:
     """What is used of the fork's kernels: tiles are dataclasses of numbers, flags and
     such dataclasses, whatever their fields are called."""
 
-    run: Callable[[Layer, Batch], Tensor]  # with the tiles of the table
     run_tiles: Callable[[Any, Layer, Batch], Tensor]
     choose: Callable[[Shape, int], Any]  # the table's tiles for so many tokens
     tables: list[Any]  # all tiles that the tables have for this device
@@ -114,41 +113,100 @@ class Fork:
 @cache
 def fork() -> Fork:
     """The one place that knows how the fork's modules are called."""
-    from vllm.model_executor.layers.fused_moe import int8_moe, int8_moe_configs
+    from vllm.model_executor.layers.fused_moe.experts.quark_int8 import tiles
+    from vllm.model_executor.layers.fused_moe.experts.quark_int8.layer import (
+        apply_experts,
+    )
+    from vllm.model_executor.layers.fused_moe.experts.quark_int8.tensors import (
+        Experts,
+        Routing,
+    )
 
-    architecture = int8_moe_configs.get_architecture()
+    architecture = tiles.get_architecture()
 
-    def arguments(layer: Layer, batch: Batch) -> list[Any]:
-        return [batch.x, layer.w13, layer.w2, batch.topk_weights, batch.topk_ids]
-
-    def run(layer: Layer, batch: Batch) -> Tensor:
-        return torch.ops.vllm.int8_fused_experts(
-            *arguments(layer, batch),
-            int8_moe.MoEActivation.SILU.value,
-            False,
-            None,
-            layer.w13_scale,
-            layer.w2_scale,
-            *[None] * 4,
-        )
-
-    def run_tiles(tiles: Any, layer: Layer, batch: Batch) -> Tensor:
-        scales = layer.w13_scale, layer.w2_scale
-        rest = [None, False, None, *scales, *[None] * 4]
-        return int8_moe.run_int8_experts(tiles, *arguments(layer, batch), *rest)
+    def run_tiles(config: Any, layer: Layer, batch: Batch) -> Tensor:
+        experts = Experts(layer.w13, layer.w2, layer.w13_scale, layer.w2_scale)
+        out = torch.empty_like(batch.x)
+        routing = Routing(batch.topk_ids, batch.topk_weights)
+        apply_experts(batch.x, experts, routing, out, config)
+        return out
 
     def choose(shape: Shape, num_tokens: int) -> Any:
         experts, width, hidden, top_k = shape[:4]
-        sizes = (experts, experts, hidden, width)
-        return int8_moe.choose(architecture, num_tokens, top_k, *sizes)
+        sizes = tiles.Shape(num_tokens, top_k, experts, experts, hidden, width)
+        return tiles.choose_config(architecture, sizes)
 
     tables = [
-        tiles
-        for name, table in vars(int8_moe_configs).items()
+        config
+        for name, table in vars(tiles).items()
         if name.startswith(f"_{architecture.upper()}") and isinstance(table, tuple)
-        for _, tiles in table
+        for _, config in table
     ]
-    return Fork(run, run_tiles, choose, list(dict.fromkeys(tables)))
+    return Fork(run_tiles, choose, list(dict.fromkeys(tables)))
+
+
+def modular(layer: Layer, batch: Batch) -> Tensor:
+    """Ours as the engine calls it: the modular kernel copies the output once."""
+    return modular_kernel(layer).apply(
+        batch.x,
+        layer.w13,
+        layer.w2,
+        batch.topk_weights,
+        batch.topk_ids,
+        activation=modular_kernel(layer).fused_experts.moe_config.activation,
+        global_num_experts=layer.shape.num_experts,
+        expert_map=None,
+        apply_router_weight_on_input=False,
+    )
+
+
+@lru_cache(maxsize=1)
+def modular_kernel(layer: Layer) -> Any:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import (
+        FusedMoEConfig,
+        FusedMoEParallelConfig,
+        RoutingMethodType,
+    )
+    from vllm.model_executor.layers.fused_moe.experts.quark_int8.experts import (
+        Int8Experts,
+    )
+    from vllm.model_executor.layers.fused_moe.oracle.int8 import make_int8_moe_kernel
+    from vllm.v1.worker.workspace import (
+        init_workspace_manager,
+        is_workspace_manager_initialized,
+    )
+
+    if not is_workspace_manager_initialized():
+        init_workspace_manager(torch.device(runner.device()))
+    shape = layer.shape
+    config = FusedMoEConfig(
+        num_experts=shape.num_experts,
+        experts_per_token=shape.top_k,
+        hidden_dim=shape.hidden,
+        intermediate_size_per_partition=shape.width,
+        num_local_experts=shape.num_experts,
+        num_logical_experts=shape.num_experts,
+        activation=MoEActivation.SILU,
+        device=runner.device(),
+        routing_method=RoutingMethodType.Unspecified,
+        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+        in_dtype=torch.bfloat16,
+        disable_inplace=True,
+    )
+    return make_int8_moe_kernel(quant_config(layer), config, Int8Experts)
+
+
+def quant_config(layer: Layer) -> Any:
+    from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
+
+    return int8_w8a8_moe_quant_config(
+        w1_scale=layer.w13_scale,
+        w2_scale=layer.w2_scale,
+        a1_scale=None,
+        a2_scale=None,
+        per_act_token_quant=True,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -195,16 +253,7 @@ def make_batches(shape: Shape, num_tokens: int, routing: str) -> list[Batch]:
 def stock(layer: Layer, batch: Batch, config: Config | None = None) -> Tensor:
     """Upstream's layer; its default tiles are named, as the fork finds tuned ones."""
     from vllm.model_executor.layers.fused_moe import fused_experts, override_config
-    from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
     from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
-
-    quant_config = int8_w8a8_moe_quant_config(
-        w1_scale=layer.w13_scale,
-        w2_scale=layer.w2_scale,
-        a1_scale=None,
-        a2_scale=None,
-        per_act_token_quant=True,
-    )
 
     if config is None:
         shape = layer.shape
@@ -217,7 +266,7 @@ def stock(layer: Layer, batch: Batch, config: Config | None = None) -> Tensor:
             layer.w2,
             batch.topk_weights,
             batch.topk_ids,
-            quant_config=quant_config,
+            quant_config=quant_config(layer),
         )
 
 
@@ -310,7 +359,7 @@ def prepare(
             if config
             else None,
             "humming_products_us": humming_calls(shape, batches),
-            "ours_us": [partial(fork().run, layer, b) for b in batches],
+            "ours_us": [partial(modular, layer, b) for b in batches],
         },
         limit_us(shape, batches),
     )

@@ -209,14 +209,16 @@ def test_tiles_fit_a_multiprocessor(hidden: int) -> None:
         if isinstance(tiles, FewTiles):
             words = 1 << (hidden - 1).bit_length()
             # bfloat16 of tokens, float32 of weights.
-            held = tiles.block_m / 2 + tiles.block_e
+            held = tiles.block_size_m / 2 + tiles.block_size_e
             per_thread = held * words / tiles.num_warps / 32
             assert per_thread <= 255
         else:
             assert tiles in TILES
-            parts = 2 * tiles.block_m + 3 * 2 * tiles.block_e  # bfloat16, three of w
-            assert tiles.num_stages * tiles.block_k * parts <= 227 << 10
-            assert tiles.block_m * tiles.block_e / tiles.num_warps <= 2048
+            parts = (
+                2 * tiles.block_size_m + 3 * 2 * tiles.block_size_e
+            )  # bfloat16, three of w
+            assert tiles.num_stages * tiles.block_size_k * parts <= 227 << 10
+            assert tiles.block_size_m * tiles.block_size_e / tiles.num_warps <= 2048
 
 
 def test_gate_of_step_3p5_asks_it(monkeypatch: pytest.MonkeyPatch, vllm_config) -> None:
