@@ -556,10 +556,10 @@ def profile(shapes: list[Shape], args: argparse.Namespace) -> None:
     for shape, num_tokens in itertools.product(shapes, args.tokens):
         layer, batch = make_layer(shape), make_batch(shape, num_tokens, args.routing[0])
         for _ in range(3):
-            fork().run(layer, batch)
+            modular(layer, batch)
         torch.cuda.synchronize()
         with torch.cuda.profiler.profile():
-            fork().run(layer, batch)
+            modular(layer, batch)
             torch.cuda.synchronize()
 
 

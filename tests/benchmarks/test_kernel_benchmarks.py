@@ -125,7 +125,7 @@ def test_wrong_tiles_have_no_speed(
             raise RuntimeError("out of resource")
         return batch.x * {"table": 1, "right": 1, "wrong": 1.5}[tiles]
 
-    fork = benchmark_int8_moe.Fork(fail, run_tiles, lambda *_: "table", [])
+    fork = benchmark_int8_moe.Fork(run_tiles, lambda *_: "table", [])
     monkeypatch.setattr(benchmark_int8_moe, "fork", lambda: fork)
     climb = benchmark_int8_moe.Climb(benchmark_int8_moe.TINY, 3, "random")
     assert climb.speed("right") > 0
