@@ -259,15 +259,20 @@ def stock(layer: Layer, batch: Batch, config: Config | None = None) -> Tensor:
         shape = layer.shape
         sizes = (shape.num_experts, shape.width, shape.hidden, shape.top_k)
         config = get_default_config(batch.x.shape[0], *sizes, dtype=None)
+    failed: Exception | None = None
     with override_config(config):
-        return fused_experts(
-            batch.x,
-            layer.w13,
-            layer.w2,
-            batch.topk_weights,
-            batch.topk_ids,
-            quant_config=quant_config(layer),
-        )
+        try:
+            return fused_experts(
+                batch.x,
+                layer.w13,
+                layer.w2,
+                batch.topk_weights,
+                batch.topk_ids,
+                quant_config=quant_config(layer),
+            )
+        except Exception as error:  # which would leave the config behind
+            failed = error
+    raise failed
 
 
 class Humming:
@@ -467,7 +472,7 @@ def neighbours(tiles: Any) -> Iterator[Any]:
         elif isinstance(value, bool):
             others = [not value]
         elif isinstance(value, int):
-            counts = any(of in one.name for of in ("stages", "programs", "ctas"))
+            counts = any(of in one.name for of in ("stages", "ctas"))
             steps = [value - 1, value + 1] if counts else [value // 2, value * 2]
             others = [n for n in steps if n >= (0 if value == 0 else 1) and n != value]
         for other in others:

@@ -60,13 +60,15 @@ class Handler(BaseHTTPRequestHandler):
         for place in range(0, len(body), 1 << 16):
             if state.cut_after is not None and place >= state.cut_after:
                 return
+            if place + (1 << 16) >= len(body):
+                # Before: the client may be done while this thread waits for its turn.
+                with state.lock:
+                    state.bodies += 1
             try:
                 self.wfile.write(body[place : place + (1 << 16)])
             except ConnectionError:
                 return
             time.sleep(state.seconds * (1 << 16) / len(content))
-        with state.lock:
-            state.bodies += 1
 
     def answer(self, status: int, headers: dict[str, str], length: int = 0) -> None:
         self.send_response(status)
