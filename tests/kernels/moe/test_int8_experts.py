@@ -16,10 +16,7 @@ from torch import Tensor
 from vllm.model_executor.kernels import int8_triton
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
-from vllm.model_executor.layers.fused_moe.experts import (
-    quark_int8_cpu,
-    triton_int8_moe,
-)
+from vllm.model_executor.layers.fused_moe.experts import triton_int8_moe
 from vllm.model_executor.layers.fused_moe.experts.quark_int8 import experts, tensors
 from vllm.model_executor.layers.fused_moe.experts.quark_int8.experts import Int8Experts
 from vllm.model_executor.layers.fused_moe.experts.triton_int8_moe import (
@@ -32,6 +29,7 @@ from vllm.model_executor.layers.fused_moe.oracle.int8 import (
 )
 from vllm.model_executor.layers.fused_moe.oracle.quark_int8 import (
     SCHEMES,
+    experts_classes,
     kInt8StaticTensorSym,
     quant_keys,
     select_quark_int8_experts,
@@ -43,6 +41,7 @@ from tests.kernels.moe.utils import make_moe_config, run_experts_class
 from tests.kernels.utils import interpreted
 from tests.platforms import pretended
 
+CPU = pytest.mark.needs_group("cpu")
 LAYER = "model.layers.3.moe.experts"
 STANDARD = mk.FusedMoEActivationFormat.Standard
 # The class of upstream's that compressed-tensors takes by itself.
@@ -60,8 +59,9 @@ PLATFORMS = {
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch):
     def apply(platform: Platform) -> None:
-        modules = [int8_triton, experts, triton_int8_moe, quark_int8_cpu, mk]
+        modules = [int8_triton, experts, triton_int8_moe, mk]
         modules.append(sys.modules[UPSTREAMS.__module__])
+        modules += [sys.modules[each.__module__] for each in experts_classes()]
         for module in modules:
             monkeypatch.setattr(module, "current_platform", platform)
 
@@ -94,8 +94,8 @@ def moe_config(case: Case = Case(), **attributes: Any) -> Any:  # noqa: B008
         ("turing", "auto", "TritonInt8Experts"),
         ("rocm", "auto", "TritonInt8Experts"),
         ("rocm", "quark_int8", "Int8Experts"),
-        ("cpu", "auto", "Int8CpuExperts"),
-        ("cpu", "quark_int8", "Int8CpuExperts"),
+        pytest.param("cpu", "auto", "Int8CpuExperts", marks=CPU),
+        pytest.param("cpu", "quark_int8", "Int8CpuExperts", marks=CPU),
     ],
 )
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -124,7 +124,7 @@ def test_quarks_experts(
         assert select_quark_int8_experts(config, *keys, LAYER).__name__ == chosen
 
 
-@pytest.mark.parametrize("platform", ["turing", "cpu"])
+@pytest.mark.parametrize("platform", ["turing", pytest.param("cpu", marks=CPU)])
 def test_refused_by_name(platform: str, pretend: Any) -> None:
     """Named, and not there; or a CPU and an activation that none knows."""
     pretend(PLATFORMS[platform])
@@ -168,7 +168,7 @@ def test_compressed_tensors_keeps_upstreams_choice(platform: str, pretend: Any) 
         ("hopper", "Int8Experts"),
         ("ampere", "Int8Experts"),
         ("rocm", "Int8Experts"),
-        ("cpu", "Int8CpuExperts"),
+        pytest.param("cpu", "Int8CpuExperts", marks=CPU),
     ],
 )
 def test_compressed_tensors_takes_ours_by_name(
