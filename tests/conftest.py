@@ -144,7 +144,10 @@ def one_thread() -> Iterator[None]:
 def device(process_groups: None) -> Iterator[torch.device]:
     """The platform's device, made the default with bfloat16, as the engine does."""
     from vllm.platforms import current_platform
+    from vllm.v1.worker import workspace
 
+    if not workspace.is_workspace_manager_initialized():  # as a worker does
+        workspace.init_workspace_manager(torch.device(current_platform.device_type))
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -669,7 +669,7 @@ def test_profile_times_and_traces_each_phase(tmp_path: Path) -> None:
     job = {"job": "profile", "engine_args": [], **benchmark.PROFILE}
     build = settings.builds["fork"]
     with benchmark.running_job(settings, build, job) as (process, out):
-        lines = list(processes.results(process, out))
+        lines = [line for line in processes.results(process, out) if "phase" in line]
     cells = [(1, 128), (1, 8192), (64, 128), (256, 128)]
     phases = [f"decode batch {batch} after {tokens}" for batch, tokens in cells]
     assert [line["phase"] for line in lines] == [*phases, "prefill 8192"]

@@ -350,14 +350,15 @@ def test_as_a_module(where: str, tmp_path: Path):
     """`python -m`, in a checkout where no vLLM is installed, and beside the one that
     is."""
     module = "vllm.model_executor.layers.quantization.quark.quark_check"
-    flags, here, path = ["-S"], ROOT, str(packages_of_rich(tmp_path))
+    flags, here = ["-S"], ROOT
+    env = os.environ | {"PYTHONPATH": str(packages_of_rich(tmp_path))}
     if where == "installed":
-        flags, here, path = [], tmp_path, ""
+        flags, here, env = [], tmp_path, dict(os.environ)
     said = subprocess.run(
         [sys.executable, *flags, "-m", module, str(BASE), "--no-model"],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": path},
+        env=env,
         cwd=here,
         timeout=120,
     )

@@ -25,6 +25,8 @@ from tests.engine import one_core_a_rank
 from tests.fixtures import addition
 from tests.server import ROOT, Server, is_alive, serve
 
+pytestmark = pytest.mark.needs_group("serve")
+
 MODEL = ROOT / "tests/fixtures/step3p5-tiny/int8-3key"
 MAX_MODEL_LEN = 1024
 OPTIONS = ["--enforce-eager", "--served-model-name", "tiny"]
