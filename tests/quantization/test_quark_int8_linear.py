@@ -232,6 +232,7 @@ def test_scheme_selection(weight, static, symmetric, quark_dict):
     assert layer.scheme.input_symmetric is symmetric
 
 
+@pytest.mark.needs_group("checks")
 @pytest.mark.parametrize(
     "part, field",
     [("weight", {"symmetric": False}), ("input_tensors", {"qscheme": "per_tensor"})],

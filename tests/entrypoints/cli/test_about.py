@@ -12,6 +12,8 @@ import pytest
 
 from tools.repack import RECORD_OF_BUILD
 
+pytestmark = pytest.mark.needs_group("checks")
+
 BUILT = {
     "version": "0.20.2+quark2.fix.cpu",
     "target": "cpu",
