@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.groups import has_group, installed, lacking, lacking_of_module
+from tests.groups import group_of, has_group, installed, lacking, lacking_of_module
 from tests.process_groups import start_process_groups
 
 # Ask the driver's management library: asking CUDA would break processes forked later.
@@ -78,10 +78,11 @@ def functions(path: Path) -> dict[int, ast.AST]:
 
 def lacking_of_item(item: pytest.Item) -> str | None:
     """A group that this test needs and the installed build lacks."""
-    for marker in item.iter_markers("needs_group"):
-        for group in marker.args:
-            if not has_group(group):
-                return group
+    wanted = [group for m in item.iter_markers("needs_group") for group in m.args]
+    wanted += [group_of(m.args[0]) for m in item.iter_markers("needs_patch")]
+    for group in wanted:
+        if not has_group(group):
+            return group
     code = getattr(getattr(item, "function", None), "__code__", None)
     if installed() is None or code is None or code.co_filename != str(item.path):
         return None

@@ -2,7 +2,8 @@
 """Which groups of patches the installed build has, and which of them a test needs.
 
 What a test module imports of the overlay says so by itself, also through other modules
-below tests/; the marker `needs_group` says the rest.
+below tests/, and so do the patches in `needs_patch`; the marker `needs_group` says the
+rest.
 """
 
 import ast
@@ -31,6 +32,13 @@ def installed() -> frozenset[str] | None:
 
 def has_group(group: str) -> bool:
     return (held := installed()) is None or group in held
+
+
+@cache
+def group_of(number: str) -> str:
+    """Of a patch."""
+    patches = read_series(release().series)
+    return next(patch.group for patch in patches if patch.number == number)
 
 
 @cache
