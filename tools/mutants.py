@@ -8,15 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from rich.console import Console
 
 from tools.build import build_wheel
-from tools.errors import ForkError
-from tools.series import dependants, read_series
+from tools.errors import DoesNotApply, ForkError
+from tools.series import Patch, dependants, read_series
 from tools.upstream import ROOT, release
 
 MUTANTS = ROOT / "build/mutants"
@@ -43,6 +45,22 @@ def install(wheel: Path, *names: str) -> Path:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--no-compile", "--target", folder, wheel], check=True)
     return folder
+
+
+def install_mutant(series: Sequence[Patch], number: str) -> tuple[Path, list[str]]:
+    """Build the fork without a patch, those that depend on it, and those whose text
+    needs its own. Returns the folder, and what went with the patch."""
+    left_out = [number]
+    while True:
+        gone = dependants(series, left_out)
+        try:
+            package = install_without(*left_out, *sorted(gone))
+        except DoesNotApply as error:
+            if error.name[:4] in left_out:
+                raise
+            left_out.append(error.name[:4])
+            continue
+        return package, sorted({*gone, *left_out} - {number})
 
 
 def marked_files() -> list[str]:
@@ -86,7 +104,7 @@ def run_tests(package: Path) -> tuple[set[str], dict[str, set[str]]]:
 def judge(
     number: str, gone: Collection[str], failed: set[str], marked: dict[str, set[str]]
 ) -> str:
-    """What a build without the patch shows; `gone` went with it, as they depend on it.
+    """What a build without the patch shows; `gone` went with it, as they need it.
 
     Raises ForkError where not exactly the patch's tests failed. Of those that are
     marked for what is gone either is right.
@@ -102,7 +120,7 @@ def judge(
             + ("" if expected else "; no test is marked for it")
         )
     others = len(set().union(*marked.values()) - expected - either)
-    went = f" and {', '.join(sorted(gone))}, which depend on it" if gone else ""
+    went = f" and {', '.join(sorted(gone))}, which need it" if gone else ""
     return (
         f"without {number}{went}: its {len(expected)} tests fail, the {others} of the "
         "other patches pass"
@@ -115,6 +133,7 @@ def main() -> None:
     parser.add_argument("--patches", nargs="+", default=[], metavar="0008")
     args = parser.parse_args()
     console = Console()
+    plain: dict[str, Any] = dict(highlight=False, markup=False, soft_wrap=True)
     try:
         series = read_series(release(os.environ.get("VLLM_BASE_VERSION")).series)
         for patch in series:
@@ -122,13 +141,13 @@ def main() -> None:
                 continue
             if args.patches and patch.number not in args.patches:
                 continue
-            gone = sorted(dependants(series, [patch.number]))
-            package = install_without(patch.number, *gone)
+            package, gone = install_mutant(series, patch.number)
             failed, marked = run_tests(package)
-            for name in sorted(failed):
-                console.print(f"  {name} failed", highlight=False, soft_wrap=True)
+            counts = Counter(name.partition("[")[0] for name in failed)
+            for name, count in sorted(counts.items()):
+                console.print(f"  {name}: {count} failed", **plain)
             said = judge(patch.number, gone, failed, marked)
-            console.print(said, highlight=False, soft_wrap=True)
+            console.print(said, **plain)
             shutil.rmtree(package)
     except ForkError as error:
         sys.exit(f"error: {error}")

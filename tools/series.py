@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tools.errors import ForkError
+from tools.errors import DoesNotApply, ForkError
 
 TRAILER = re.compile(r"([A-Za-z][A-Za-z-]*): (.*)")
 
@@ -277,8 +277,9 @@ def apply_patch(patch: Path, tree: Path) -> list[str]:
     try:
         said = git("apply", "--verbose", patch, cwd=tree).stderr
     except subprocess.CalledProcessError as error:
-        raise ForkError(
+        raise DoesNotApply(
             f"{patch.name} does not apply to this base:\n{error.stderr.strip()}\n"
-            "The base is not the release it is named after, or it holds this edit."
+            "The base is not the release it is named after, or it holds this edit.",
+            patch.name,
         ) from None
     return [line for line in said.splitlines() if line.startswith("Hunk #")]
