@@ -14,7 +14,10 @@ from packaging.version import Version
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.model_executor.kernels.linear import TritonInt8ScaledMMLinearKernel
-from vllm.model_executor.layers.fused_moe import FusedMoE, fused_experts, int8_moe
+from vllm.model_executor.layers.fused_moe import FusedMoE
+from vllm.model_executor.layers.fused_moe.experts.triton_int8_moe import (
+    TritonInt8Experts,
+)
 from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_configs
 from vllm.model_executor.layers.fused_moe.router import cpu_topk
 from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -105,16 +108,10 @@ def experts(config: QuarkConfig) -> FusedMoE:
 def test_experts_take_upstreams_kernel(quark_dict):
     """The INT8 MoE's own kernels were not run on AMD's GPUs."""
     layer = experts(QuarkConfig.from_config(quark_dict()))
-    assert not int8_moe.serves(layer.moe_config)
     layer.quant_method.process_weights_after_loading(layer)
-    layer.ensure_moe_quant_config_init()
-    x = torch.ones(3, 64)
-    topk_ids = torch.zeros(3, 2, dtype=torch.int32)
-    name = "vllm.model_executor.layers.fused_moe.fused_experts"
-    with patch(name, autospec=fused_experts, return_value=x) as upstreams:
-        layer.quant_method.apply(layer, x, torch.ones(3, 2), topk_ids, None)
-    [call] = upstreams.call_args_list
-    config = call.kwargs["quant_config"]
+    kernel = layer.quant_method.moe_kernel.fused_experts
+    assert type(kernel) is TritonInt8Experts
+    config = kernel.quant_config
     assert config.use_int8_w8a8 and config.per_act_token_quant
     assert config.w1_scale.shape == (4, 64, 1)
 
@@ -122,7 +119,7 @@ def test_experts_take_upstreams_kernel(quark_dict):
 @ON_ROCM
 @pytest.mark.usefixtures("_context")
 def test_scheme_that_upstreams_kernel_misreads_is_refused(quark_dict):
-    with pytest.raises(NotImplementedError, match="per-channel weights with static"):
+    with pytest.raises(NotImplementedError, match="scales of other channels"):
         experts(QuarkConfig.from_config(quark_dict(static=True)))
 
 

@@ -308,6 +308,7 @@ def test_no_expert_a_token() -> None:
     assert (run(make(Case(top_k=0))) == 0).all()
 
 
+@pytest.mark.slow
 def test_same_bits() -> None:
     """Run after run and whatever the tiles of a path: nothing depends on an order."""
     layer = make(Case(num_tokens=20, bias=True))
