@@ -606,6 +606,7 @@ def test_experts_match_float64(weight, static, device, quark_dict, rng):
 
 
 @EPLB
+@pytest.mark.needs_patch("0028")  # with which the kernels go that apply them
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
 def test_experts_that_eplb_moved_answer_alike(weight, has_bias, quark_dict, rng):
