@@ -2,8 +2,8 @@
 """Which groups of patches the installed build has, and which of them a test needs.
 
 What a test module imports of the overlay says so by itself, also through other modules
-below tests/, and so do the patches in `needs_patch`; the marker `needs_group` says the
-rest.
+of this repository, and so do the patches in `needs_patch`; the marker `needs_group`
+says the rest.
 """
 
 import ast
@@ -19,7 +19,8 @@ from tools.series import read_series
 from tools.upstream import ROOT, release
 
 # Modules whose tests start engines: on a CPU these need the group `cpu`.
-ENGINES = ("tests.engine", "tests.server")
+ENGINES = ("tests.engine", "tests.server", "examples.compare_builds")
+OURS = ("tests.", "examples.", "benchmarks.")  # what they import, their users need
 
 
 @cache
@@ -63,7 +64,7 @@ def lacking(node: ast.AST, has_gpu: bool, is_module: bool = False) -> str | None
             if groups and not any(map(has_group, groups)):
                 return " or ".join(sorted(groups))
         helper = ROOT / f"{name}.py"
-        if module.startswith("tests.") and helper.exists():
+        if module.startswith(OURS) and helper.exists():
             group = _lacking_of_file(helper, has_gpu)
             if group:
                 return group

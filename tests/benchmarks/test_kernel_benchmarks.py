@@ -16,6 +16,8 @@ from benchmarks.kernels.runner import Benchmark, Case, Timed
 from benchmarks.plots import Panel
 from tests.kernels.utils import GPU, interpreted
 
+pytestmark = pytest.mark.needs_group("kernels")
+
 RESULTS = runner.ROOT / "benchmarks/results"
 NAMES = ("int8_linear", "int8_moe", "router", "step3p5_attention")
 STORED = sorted(path for path in RESULTS.glob("*/*.json") if path.stem in NAMES)

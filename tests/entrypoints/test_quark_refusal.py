@@ -12,6 +12,8 @@ import pytest
 
 from tests.quantization.exports import FIXTURES, STACKED, Export
 
+pytestmark = pytest.mark.needs_group("checks")
+
 # The command, whether vLLM is installed or on PYTHONPATH.
 VLLM = sys.executable, "-m", "vllm.entrypoints.cli.main"
 OPTIONS = ["--enforce-eager", "--max-model-len=256", "--gpu-memory-utilization=0.1"]

@@ -26,7 +26,10 @@ ASKED = (
     "mimo--mtp-bf16",
     "mimo--mtp-int8",
 )
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.needs_group("correct"),  # exports exclude by globs
+]
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 
 
