@@ -14,14 +14,12 @@ runs it; files are in the page cache. Seconds are medians, peaks the greatest.
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -68,26 +66,30 @@ def sizes_of(folder: Path) -> dict[str, int]:
     }
 
 
+# What starts a process counts in its peak: something small does.
+START = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+seconds = time.perf_counter() - started
+print(json.dumps([os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss / 1024]))
+"""
+
+
 def run(folder: Path, arguments: Sequence[str]) -> tuple[float, float]:
     """Seconds and peak MiB of one process."""
     shutil.rmtree(FIXED, ignore_errors=True)
-    started = time.perf_counter()
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            [sys.executable, QUARK_CHECK, folder, *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=said,
+    command = [sys.executable, str(QUARK_CHECK), str(folder), *arguments]
+    starter = [sys.executable, "-c", START]
+    done = subprocess.run([*starter, *command], capture_output=True, text=True)
+    status, seconds, peak_mib = json.loads(done.stdout)
+    if status not in (0, 1):
+        sys.exit(
+            f"error: quark-check {folder} {' '.join(arguments)} ended with {status}:\n"
+            f"{done.stderr}"
         )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode not in (0, 1):
-            said.seek(0)
-            sys.exit(
-                f"error: quark-check {folder} {' '.join(arguments)} ended with "
-                f"{process.returncode}:\n{said.read().decode(errors='replace')}"
-            )
-    return seconds, usage.ru_maxrss / 1024
+    return seconds, peak_mib
 
 
 def measure_headers(repeat: int) -> tuple[str, Row]:

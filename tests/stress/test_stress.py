@@ -355,6 +355,7 @@ def test_the_server_is_not_left_behind(tmp_path, monkeypatch):
     assert server.processes() == []
 
 
+@pytest.mark.needs_group("serve")  # which holds connections of refused requests
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs a vLLM built for CPUs")
 def test_the_engine_under_stress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The bound on growth is of a longer run: this one ends while memory warms up."""
