@@ -43,7 +43,15 @@ SHARD_BYTES = 400 << 20
 CHECKS = "vllm/model_executor/layers/quantization/quark/load_checks/loading.py"
 MAX_COST = 0.03
 # Sizes of a Step-3.5-Flash layer, but for the number of experts.
-WIDTHS = Widths(layers=5, vocab=4096, dense_width=1280, experts=28, sliding_heads=64)
+# Whose positions take next to no memory.
+WIDTHS = Widths(
+    layers=5,
+    vocab=4096,
+    dense_width=1280,
+    experts=28,
+    sliding_heads=64,
+    context=1024,
+)
 # As many experts as Step-3.5-Flash has, of next to no size.
 SMALL = Widths(
     layers=5,

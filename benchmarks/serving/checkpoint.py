@@ -46,6 +46,7 @@ class Widths:
     kv_heads: int = 8
     head_dim: int = 128
     sliding_window: int = 512
+    context: int = 131072
     stacked: bool = True  # 3-key, or a tensor for each expert
 
     def is_full(self, layer: int) -> bool:
@@ -86,8 +87,8 @@ def make_config(widths: Widths) -> dict[str, Any]:
         "hidden_size": widths.hidden,
         "num_hidden_layers": widths.layers,
         "rms_norm_eps": 1e-05,
-        "max_position_embeddings": 131072,
-        "max_seq_len": 131072,
+        "max_position_embeddings": widths.context,
+        "max_seq_len": widths.context,
         "att_impl_type": "GQA",
         "num_attention_heads": widths.heads,
         "num_attention_groups": widths.kv_heads,
