@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from vllm.model_executor.kernels.int8_triton import is_hopper
 
 Architecture = Literal["hopper", "cuda", "rocm"]
 
@@ -164,9 +165,7 @@ _FEW_WORDS = 16384
 def get_architecture() -> Architecture:
     if torch.version.hip:
         return "rocm"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        return "hopper"
-    return "cuda"
+    return "hopper" if is_hopper() else "cuda"
 
 
 def choose_config(architecture: Architecture, shape: Shape) -> Config | FewConfig:
