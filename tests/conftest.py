@@ -18,6 +18,8 @@ from tests.process_groups import start_process_groups
 
 # Ask the driver's management library: asking CUDA would break processes forked later.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# It chose the build under test; builds that tests make choose for themselves.
+os.environ.pop("VLLM_QUARK_GROUPS", None)
 HAS_GPU = torch.cuda.is_available()
 
 if not HAS_GPU:
