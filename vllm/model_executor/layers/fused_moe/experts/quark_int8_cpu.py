@@ -12,10 +12,10 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEQuantConfig,
 )
 from vllm.model_executor.layers.fused_moe.cpu_moe_utils import activate, sort_pairs
-from vllm.model_executor.layers.fused_moe.oracle.quark_int8 import SCHEMES
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
-    TopKWeightAndReduceNoOP,
+from vllm.model_executor.layers.fused_moe.experts.quark_int8_base import (
+    Int8ExpertsBase,
 )
+from vllm.model_executor.layers.fused_moe.oracle.quark_int8 import SCHEMES
 from vllm.model_executor.layers.quantization.utils.cpu_int8_utils import (
     int8_mm,
     per_token_quant_int8,
@@ -31,7 +31,7 @@ from vllm.v1.worker.workspace import (
 ACTIVATIONS = (MoEActivation.SILU, MoEActivation.SWIGLUSTEP)
 
 
-class Int8CpuExperts(mk.FusedMoEExpertsModular):
+class Int8CpuExperts(Int8ExpertsBase):
     """INT8 experts on a CPU, of every scheme of Quark's. Quantizes its input itself."""
 
     def __init__(
@@ -41,14 +41,6 @@ class Int8CpuExperts(mk.FusedMoEExpertsModular):
         # A worker on a CPU makes none; the modular kernel takes its output there.
         if not is_workspace_manager_initialized():
             init_workspace_manager(torch.device("cpu"))
-
-    @staticmethod
-    def activation_format() -> mk.FusedMoEActivationFormat:
-        return mk.FusedMoEActivationFormat.Standard
-
-    @property
-    def expects_unquantized_inputs(self) -> bool:
-        return True
 
     @staticmethod
     def _supports_current_device() -> bool:
@@ -75,26 +67,6 @@ class Int8CpuExperts(mk.FusedMoEExpertsModular):
     @staticmethod
     def _supports_batch_invariance() -> bool:
         return True
-
-    def supports_expert_map(self) -> bool:
-        return True
-
-    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
-
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: mk.ExpertTokensMetadata | None,
-        activation: MoEActivation,
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The output alone: what lies between has as many rows as experts are here."""
-        return (0,), (0,), (M, K)
 
     def apply(
         self,

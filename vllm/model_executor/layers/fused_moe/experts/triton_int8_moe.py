@@ -13,32 +13,24 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
     FusedMoEParallelConfig,
 )
+from vllm.model_executor.layers.fused_moe.experts.quark_int8_base import (
+    Int8ExpertsBase,
+)
 from vllm.model_executor.layers.fused_moe.oracle.quark_int8 import (
     SCHEMES,
     kInt8StaticChannelSym,
     kInt8StaticTensorSym,
 )
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
-    TopKWeightAndReduceNoOP,
-)
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
 from vllm.platforms import current_platform
 
 
-class TritonInt8Experts(mk.FusedMoEExpertsModular):
+class TritonInt8Experts(Int8ExpertsBase):
     """`fused_experts` as upstream's Quark method calls it, on any device but a CPU.
 
     Refuses only what that call answers wrong or cannot take: nobody else is asked, so
     that whatever upstream computes right stays.
     """
-
-    @staticmethod
-    def activation_format() -> mk.FusedMoEActivationFormat:
-        return mk.FusedMoEActivationFormat.Standard
-
-    @property
-    def expects_unquantized_inputs(self) -> bool:
-        return True
 
     @staticmethod
     def is_supported_config(
@@ -91,26 +83,6 @@ class TritonInt8Experts(mk.FusedMoEExpertsModular):
     @staticmethod
     def _supports_batch_invariance() -> bool:
         return True
-
-    def supports_expert_map(self) -> bool:
-        return True
-
-    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
-
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: mk.ExpertTokensMetadata | None,
-        activation: MoEActivation,
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The output alone: `fused_experts` takes memory itself."""
-        return (0,), (0,), (M, K)
 
     def apply(
         self,

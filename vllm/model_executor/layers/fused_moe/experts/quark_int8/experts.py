@@ -20,10 +20,10 @@ from vllm.model_executor.layers.fused_moe.experts.quark_int8.tensors import (
     Routing,
     knows_sizes,
 )
-from vllm.model_executor.layers.fused_moe.oracle.quark_int8 import SCHEMES
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
-    TopKWeightAndReduceNoOP,
+from vllm.model_executor.layers.fused_moe.experts.quark_int8_base import (
+    Int8ExpertsBase,
 )
+from vllm.model_executor.layers.fused_moe.oracle.quark_int8 import SCHEMES
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
 from vllm.platforms import current_platform
 
@@ -31,20 +31,12 @@ from vllm.platforms import current_platform
 SWIGLUSTEP_LIMIT = 7.0
 
 
-class Int8Experts(mk.FusedMoEExpertsModular):
+class Int8Experts(Int8ExpertsBase):
     """INT8 experts in Triton, and in Gluon on Hopper.
 
     Reads weights per channel or per tensor and activations per token or static, each
     with each. Quantizes its input itself: that costs nothing beside sorting.
     """
-
-    @staticmethod
-    def activation_format() -> mk.FusedMoEActivationFormat:
-        return mk.FusedMoEActivationFormat.Standard
-
-    @property
-    def expects_unquantized_inputs(self) -> bool:
-        return True
 
     @staticmethod
     def is_supported_config(
@@ -54,7 +46,7 @@ class Int8Experts(mk.FusedMoEExpertsModular):
         activation_key: QuantKey | None,
         activation_format: mk.FusedMoEActivationFormat,
     ) -> tuple[bool, str | None]:
-        supported, reason = mk.FusedMoEExpertsModular.is_supported_config(
+        supported, reason = Int8ExpertsBase.is_supported_config(
             cls, moe_config, weight_key, activation_key, activation_format
         )
         reason = reason if not supported else why_not(moe_config)
@@ -87,26 +79,6 @@ class Int8Experts(mk.FusedMoEExpertsModular):
             moe_parallel_config.use_fi_nvl_two_sided_kernels
             or moe_parallel_config.use_fi_nvl_one_sided_kernels
         )
-
-    def supports_expert_map(self) -> bool:
-        return True
-
-    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
-
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: mk.ExpertTokensMetadata | None,
-        activation: MoEActivation,
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The output alone; `apply_many_tokens` says why."""
-        return (0,), (0,), (M, K)
 
     def apply(
         self,
