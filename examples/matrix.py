@@ -42,7 +42,9 @@ from tools.mutants import install_only
 
 WORK = ROOT / "build/matrix"
 JSON, MARKDOWN = ROOT / "build/matrix.json", ROOT / "docs/matrix.md"
-STOCK_ON_CPU = "stock: the fork with no patch but 0004-0007, which a CPU needs"
+STOCK_ON_CPU = (
+    "stock: the fork with no patch but 0004-0007, for CPUs, and what these need"
+)
 
 # What counts as right, against the float32 reference of the bfloat16 model.
 BAR_EXACT_MATCH = 0.02  # so far below the reference's at most

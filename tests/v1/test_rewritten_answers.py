@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stock vLLM answers wrong what Quark wrote, and right what quark-check made of it.
 
-Through the engine, on a CPU. Stock is 0.20.2 with patches 0004-0007, which a CPU needs
-and which read no checkpoint; for INT8 experts in compressed-tensors format, of which
-stock has no CPU kernel, examples/ask_rewritten.py lends the fork's. `python -m
+Through the engine, on a CPU. Stock is 0.20.2 with patches 0004-0007, for CPUs, and what
+these need, which read no checkpoint; for INT8 experts in compressed-tensors format, of
+which stock has no CPU kernel, examples/ask_rewritten.py lends the fork's. `python -m
 examples.rewritten --stock FOLDER` is the same with a stock build as it is, on a GPU.
 """
 

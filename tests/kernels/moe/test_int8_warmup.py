@@ -22,6 +22,7 @@ from vllm.model_executor.warmup import int8_warmup, kernel_warmup
 from vllm.model_executor.warmup.int8_warmup import Layer, warmup_sizes
 
 from tests.kernels.compile_int8 import run_experts
+from tests.kernels.moe.utils import make_moe_config
 
 MAX_TOKENS = 8192
 
@@ -110,6 +111,17 @@ def test_sizes_lie_between_graphs_and_the_profile_run(captured: int) -> None:
     assert warmup_sizes("hopper", layer, captured, captured) == []
 
 
+def test_ranks_of_uneven_experts_run_alike() -> None:
+    """288 experts over 64 ranks: some have five, others four."""
+    few, more = (
+        make_moe_config(288, 8, 4096, 1280, num_local_experts=n) for n in (4, 5)
+    )
+    for moe in (few, more):
+        moe.moe_parallel_config.ep_size = 64
+    assert Layer.of(few) == Layer.of(more)
+    assert Layer.of(few).num_experts == 5
+
+
 class Worker(SimpleNamespace):
     """What the warmup asks a worker for; keeps the runs of its model."""
 
@@ -137,7 +149,7 @@ def moe_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
     experts.moe_config = SimpleNamespace(
         experts_per_token=2,
         num_experts=8,
-        num_local_experts=8,
+        ep_size=1,
         hidden_dim=64,
         intermediate_size_per_partition=64,
         dp_size=1,

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.kernels import int8_triton, linear
-from vllm.model_executor.kernels.linear.scaled_mm import cutlass, int8_few_tokens
+from vllm.model_executor.kernels.linear.scaled_mm import (
+    cutlass,
+    int8_few_tokens,
+    triton,
+)
 from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
     Tiles,
     choose_tiles,
@@ -299,12 +303,19 @@ def test_is_not_chosen_where_batches_are_not_to_matter(
     assert kernel_of_quarks_layer() == "CutlassInt8ScaledMMLinearKernel"
 
 
+@pytest.mark.parametrize(
+    "disabled, found", [("FewTokens", "Cutlass"), ("Cutlass", "Triton")]
+)
 def test_it_can_be_put_aside(
+    disabled: str,
+    found: str,
     pretend: Callable[[int, int], None],
     vllm_config: VllmConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With CUTLASS too, which it calls for more tokens."""
     pretend(9, 0)
-    name = "FewTokensInt8ScaledMMLinearKernel"
-    monkeypatch.setenv("VLLM_DISABLED_KERNELS", name)
-    assert kernel_of_quarks_layer() == "CutlassInt8ScaledMMLinearKernel"
+    monkeypatch.setattr(triton, "current_platform", pretended.cuda(9, 0))
+    name = "{}Int8ScaledMMLinearKernel"
+    monkeypatch.setenv("VLLM_DISABLED_KERNELS", name.format(disabled))
+    assert kernel_of_quarks_layer() == name.format(found)

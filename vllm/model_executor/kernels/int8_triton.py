@@ -81,7 +81,7 @@ def pack4(quantized):
 
 @triton.jit
 def quantize_token(x, static_scale_ptr, STATIC: tl.constexpr):
-    """A token x [BLOCK_K, 4] float32 as words [BLOCK_K] of four int8, and its scale."""
+    """A token x [BLOCK_SIZE_K, 4] float32 as words of four int8, and its scale."""
     if STATIC:
         scale = tl.load(static_scale_ptr)
         words = pack4(quantize_static(x, scale))

@@ -35,7 +35,11 @@ logger = init_logger(__name__)
 
 
 class Layer(NamedTuple):
-    """What a layer's choice of kernels depends on, beside the number of tokens."""
+    """What a layer's choice of kernels depends on, beside the number of tokens.
+
+    The same on every rank, or ranks would run the model unlike often and wait for each
+    other: of experts that do not divide by the ranks, as many as the fullest rank has.
+    """
 
     topk: int
     num_ids: int
@@ -49,7 +53,7 @@ class Layer(NamedTuple):
         return cls(
             moe.experts_per_token,
             moe.num_experts,
-            moe.num_local_experts,
+            -(-moe.num_experts // moe.ep_size),
             moe.hidden_dim,
             moe.intermediate_size_per_partition,
             moe.dp_size,

@@ -43,7 +43,7 @@ def qk_norm_rope_kernel(
     """A token's BLOCK_SIZE_H heads, queries or keys, a program.
 
     A head has 2 HALF columns that are rotated, column c with c + HALF, and REST that
-    are not. Reads and writes 2 (NUM_HEADS + NUM_KV_HEADS) (2 HALF + REST) bytes a
+    are not. Reads and writes 2 (num_heads + num_kv_heads) (2 HALF + REST) bytes a
     token. Weights, positions and the table must be older than the kernel before, which
     makes qkv: they are on their way while that one ends.
     """

@@ -307,6 +307,8 @@ class FewTokensInt8ScaledMMLinearKernel(CutlassInt8ScaledMMLinearKernel):
             return False, "was measured on Hopper alone."
         if envs.VLLM_BATCH_INVARIANT:
             return False, "rounds halves as upstream's kernels for more tokens do not."
+        if CutlassInt8ScaledMMLinearKernel.__name__ in envs.VLLM_DISABLED_KERNELS:
+            return False, "calls CUTLASS for more tokens, which is disabled."
         return True, None
 
     @classmethod

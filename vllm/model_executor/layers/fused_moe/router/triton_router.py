@@ -88,21 +88,21 @@ def router_few_kernel(
 
 
 @triton.jit
-def split_weight_kernel(w_ptr, parts_ptr, SIZE, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """w [SIZE] float32 as a sum of three bfloat16, to parts [3, SIZE].
+def split_weight_kernel(w_ptr, parts_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """w [size] float32 as a sum of three bfloat16, to parts [3, size].
 
     A float32 has 24 bits, a bfloat16 eight: the sum is exact. Moves 10 bytes a number.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(w_ptr + i, mask=i < SIZE, other=0.0)
+    w = tl.load(w_ptr + i, mask=i < size, other=0.0)
     high = w.to(tl.bfloat16)
     w -= high.to(tl.float32)
     middle = w.to(tl.bfloat16)
     low = (w - middle.to(tl.float32)).to(tl.bfloat16)
     wait_for_inputs(PDL)
-    tl.store(parts_ptr + i, high, mask=i < SIZE)
-    tl.store(parts_ptr + SIZE + i, middle, mask=i < SIZE)
-    tl.store(parts_ptr + 2 * SIZE + i, low, mask=i < SIZE)
+    tl.store(parts_ptr + i, high, mask=i < size)
+    tl.store(parts_ptr + size + i, middle, mask=i < size)
+    tl.store(parts_ptr + 2 * size + i, low, mask=i < size)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

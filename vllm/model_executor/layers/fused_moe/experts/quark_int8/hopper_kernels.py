@@ -196,9 +196,9 @@ def _lines(columns: int, num_warps: int) -> gl.BlockedLayout:
 
 
 @gluon.jit
-def _halves(x, M: gl.constexpr, size_n: gl.constexpr):
+def _halves(x, M: gl.constexpr, N: gl.constexpr):
     """x [M, N] as its first and its last columns."""
-    return x.reshape([M, 2, size_n // 2]).permute((0, 2, 1)).split()
+    return x.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
 
 
 @gluon.jit

@@ -191,7 +191,7 @@ def scan_kernel(
     tl.store(totals_ptr + bins, totals)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_ids", "num_parts", "num_experts"])
+@triton.jit(do_not_specialize=["num_pairs", "num_ids", "num_experts"])
 def align_kernel(
     topk_ids_ptr,
     expert_map_ptr,

@@ -40,7 +40,14 @@ def tell(as_json: bool = False) -> int:
             "by this fork's builder (patches put in with `git am` leave no record)."
         )
     else:
-        _show(told)
+        try:
+            _show(told)
+        except ModuleNotFoundError:
+            print(
+                "error: quark-check: expected the package rich, found none; pip "
+                "install rich, or add --json"
+            )
+            return 2
     return 0 if told is not None else 1
 
 
