@@ -40,8 +40,9 @@ END_SECONDS, ANSWER_SECONDS = 30, 60
 ENGINE, WORKER = "EngineCore", "Worker"
 SAID = {
     ("loading", ENGINE): r"Failed core proc\(s\): \{'EngineCore': -9\}",
+    # On a busy machine so small a model has loaded before the signal arrives.
     ("loading", WORKER): r"VllmWorker-\d \(pid \d+\) ended before it was ready, exit "
-    r"code -9",
+    r"code -9|Worker proc VllmWorker-\d died unexpectedly",
     ("serving", ENGINE): r"EngineCore \(pid \d+\) died with exit code -9",
     ("serving", WORKER): r"Worker proc VllmWorker-\d died unexpectedly",
 }
