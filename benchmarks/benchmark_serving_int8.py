@@ -15,19 +15,21 @@ and measures in parts, each of which may be a call of its own:
 - profile: where the GPU time of a decode step and of a prefill goes; torch's memory
 
 Writes medians to OUT/<chip>/serving_int8.json (serving_int8_alone.json with --alone), a
-plot beside it, and the profile to docs/results. Rows that are measured again are
-replaced. Exits 0 whether the bars are met or missed, and 1 where it cannot be measured.
+plot beside it, and the profile to docs/results, or to another OUT. Rows that are
+measured again are replaced. Exits 0 whether the bars are met or missed, and 1 where it
+cannot be measured.
 """
 
 import argparse
-import datetime
 import json
 import re
 import shutil
 import sys
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +39,30 @@ from rich.console import Console
 from benchmarks.serving import report
 from benchmarks.serving.checkpoint import Widths, weights_bytes, write_checkpoint
 from benchmarks.serving.errors import BenchmarkError
+from benchmarks.serving.jobs import Watch
 from benchmarks.serving.kernel_kinds import summarize
 from benchmarks.serving.processes import (
     Build,
-    MemoryPeak,
-    Running,
+    Job,
+    device_memory,
     end_on_signals,
+    job,
     loading,
-    results,
-    running,
     server,
     wait_until_ready,
 )
+from tests.sessions import Server, ServerError
 
 ROOT = Path(__file__).resolve().parents[1]
-JOBS = ROOT / "benchmarks/serving/jobs.py"
-PARTS = ("serve", "offline", "profile")
+RESULTS, PROFILES = ROOT / "benchmarks/results", ROOT / "docs/results"
 TURNS = ("stock", "fork", "fork", "stock")
 # How often all turns are taken where a run has few tokens, or one request at a time:
 # such runs differ by up to a quarter; requests arrive, or the processor is in the way.
 ROUNDS, FEW_TOKENS = 3, 20_000
 BATCHES, PROMPT_TOKENS = (1, 8, 64, 256), (128, 2048, 8192)
 OUTPUT_TOKENS = 96
+# Before a cell counts: enough for each kernel that it needs to be compiled.
+WARM_UP_PROMPT_TOKENS, WARM_UP_OUTPUT_TOKENS = 1 << 19, 8
 MAX_NUM_SEQS = 256
 # What a step of the engine takes at most; the server's default on such a GPU.
 STEP_TOKENS = 8192
@@ -69,17 +73,20 @@ MEMORY_SHARE = 0.95
 LATENCY = {"batch": 1, "prompt_tokens": 128, "output_tokens": 128}
 THROUGHPUT = {"batch": 64, "prompt_tokens": 8192, "output_tokens": 16}
 LATENCY_RUNS, THROUGHPUT_RUNS = 5, 2  # in a turn
-PROFILE = {
-    "decode": [
+# Decode steps of so many requests, or prefills.
+PHASES = [
+    *(
         {"batch": batch, "prompt_tokens": prompt_tokens}
         for batch, prompt_tokens in ((1, 128), (1, 8192), (64, 128), (256, 128))
-    ],
-    "prefill": 8192,
-}
+    ),
+    {"prompt_tokens": 8192},
+]
 # By these Triton kernels a build is known; each must have run its own alone.
 KERNELS = {"stock": {"fused_moe_kernel"}, "fork": {"w13_kernel", "w13_few_kernel"}}
+Cell = dict[str, int]
 
 console = Console(width=140, log_path=False)
+log = partial(console.log, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,6 @@ class Settings:
     builds: dict[str, Build]
     work: Path
     out: Path
-    profile_out: Path
     widths: Widths
     batches: Sequence[int] = BATCHES
     prompt_tokens: Sequence[int] = PROMPT_TOKENS
@@ -101,32 +107,25 @@ class Settings:
 
     @property
     def jobs(self) -> Path:
-        """For what is asked of processes, what they answer, and their logs."""
+        """For the logs of processes, and what they answer."""
         return self.work / "jobs"
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a part has found since it last told."""
-
-    rows: list[report.Row] = field(default_factory=list)
-    starts: list[dict[str, Any]] = field(default_factory=list)
-    # By build and phase, what `summarize` says.
-    profiles: dict[str, Any] = field(default_factory=dict)
-    memory: dict[str, Any] = field(default_factory=dict)  # by build, torch's at most
-
-
-def cell(batch: int, prompt_tokens: int) -> dict[str, int]:
+def cell(batch: int, prompt_tokens: int) -> Cell:
     """A run of `vllm bench serve`: long enough to tell, some seconds at most."""
     num_prompts = max(batch, min(16 * batch, 32))
-    tokens = num_prompts * (prompt_tokens + OUTPUT_TOKENS)
     return {
         "batch": batch,
         "prompt_tokens": prompt_tokens,
         "num_prompts": num_prompts,
         "output_tokens": OUTPUT_TOKENS,
-        "rounds": ROUNDS if batch == 1 or tokens < FEW_TOKENS else 1,
     }
+
+
+def rounds(cell: Cell) -> int:
+    """How often all turns are taken."""
+    tokens = cell["num_prompts"] * (cell["prompt_tokens"] + cell["output_tokens"])
+    return ROUNDS if cell["batch"] == 1 or tokens < FEW_TOKENS else 1
 
 
 def kv_cache_bytes(widths: Widths, engines: int) -> int:
@@ -163,184 +162,156 @@ def engine_args(settings: Settings) -> list[str]:
     ]
 
 
-def describe_start(
-    build: Build, process: Running, ready: float, peak: MemoryPeak
-) -> dict[str, Any]:
-    """What a start took."""
-    weights_s, model_gib = loading(process.log)
-    return {
-        "build": build.name,
-        "weights_s": round(weights_s, 2),
-        "start_s": round(ready - process.started, 2),
-        "model_gib": model_gib,
-        "peak_gib": round(peak.gib, 3) or None,
-    }
-
-
 @contextmanager
-def running_job(
-    settings: Settings,
-    build: Build,
-    job: dict[str, Any],
-    env: dict[str, str] | None = None,
-    is_asked: bool = False,
-) -> Iterator[tuple[Running, Path]]:
-    """A job of jobs.py that runs in a build, and the file that it writes lines to."""
-    name = f"{job['job']}-{build.name}"
-    folder = settings.jobs
-    folder.mkdir(parents=True, exist_ok=True)
-    out, file = folder / f"{name}.jsonl", folder / f"{name}.json"
-    out.unlink(missing_ok=True)
-    file.write_text(
-        json.dumps(job | {"model": str(settings.model), "out": str(out)}, indent=1)
-    )
-    with running(
-        f"the {job['job']} job of {build.name}",
-        [sys.executable, "-P", JOBS, file],
-        build.environment() | (env or {}),
-        folder / f"{name}.log",
-        is_asked,
-    ) as process:
-        yield process, out
+def engine_job(
+    settings: Settings, build: Build, name: str, env: dict[str, str]
+) -> Iterator[Job]:
+    """A job with an engine."""
+    model, args = str(settings.model), engine_args(settings)
+    log(f"{name}: {build.name}")
+    with job(name, build, settings.jobs, env, model=model, engine_args=args) as one:
+        yield one
 
 
-def measure_serving(settings: Settings) -> Generator[Found, None, None]:
-    """The rows of each cell."""
+def measure_serving(settings: Settings, results: report.Results) -> None:
+    """Add the rows of each cell, once both builds have run it."""
     builds = list(settings.builds.values())
-    cells = [cell(b, p) for p in settings.prompt_tokens for b in settings.batches]
-    runs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    runs: dict[tuple[int, int], report.Samples] = {}
     for together in [[build] for build in builds] if settings.alone else [builds]:
-        with closing(serve_together(settings, together, cells)) as results_so_far:
-            for run in results_so_far:
-                place = run["cell"]["batch"], run["cell"]["prompt_tokens"]
-                runs.setdefault(place, []).append(run)
-                if len(runs[place]) == len(TURNS) * run["cell"]["rounds"]:
-                    yield Found(rows=cell_rows(runs.pop(place)))
-
-
-def serve_together(
-    settings: Settings, builds: Sequence[Build], cells: Sequence[dict[str, int]]
-) -> Generator[dict[str, Any], None, None]:
-    """The runs of each cell by servers of these builds, in their turns."""
-    with ExitStack() as stack:
-        servers, urls = {}, {}
-        for build in builds:
-            # What is found there afterwards, this run has compiled.
-            shutil.rmtree(build.cache, ignore_errors=True)
-            log = settings.jobs / f"server-{build.name}.log"
-            console.log(f"starting the server of {build.name}: {log}")
-            process, url = stack.enter_context(
-                server(build, settings.model, engine_args(settings), log)
+        with ExitStack() as stack:
+            servers = start_servers(settings, together, stack)
+            # The client is of the build that it asks, or of the fork if it asks both.
+            client = stack.enter_context(
+                job(
+                    "serve",
+                    together[-1],
+                    settings.jobs,
+                    {},
+                    list(servers.values()),
+                    model=str(settings.model),
+                )
             )
-            servers[url] = process
-            urls[build.name] = url
-        wait_until_ready(servers)
-        turns = [turn for turn in TURNS if turn in urls]
-        job = {"job": "serve", "urls": urls, "turns": turns, "cells": cells}
-        # The client is of the build that it asks, or of the fork if it asks both.
-        with running_job(settings, builds[-1], job) as (client, out):
-            yield from results(client, out, list(servers.values()))
+            for prompt_tokens in settings.prompt_tokens:
+                for batch in settings.batches:
+                    samples = runs.setdefault((batch, prompt_tokens), {})
+                    run_cell(client, servers, cell(batch, prompt_tokens), samples)
+                    if all(len(of) == len(builds) for of in samples.values()):
+                        results.add(rows=cell_rows(samples, batch, prompt_tokens))
 
 
-def cell_rows(runs: Sequence[dict[str, Any]]) -> list[report.Row]:
-    """The rows of a cell, from its runs by both builds."""
-    cell = runs[0]["cell"]
-    rows = []
-    for metric, name in (
-        (report.TTFT, "median_ttft_ms"),
-        (report.TPOT, "median_tpot_ms"),
-        (report.OUTPUT_RATE, "output_throughput"),
-        (report.TOTAL_RATE, "total_token_throughput"),
-    ):
-        samples: dict[str, list[float]] = {build: [] for build in report.BUILDS}
-        for run in runs:
-            samples[run["build"]].append(run["result"][name])
-        place = cell["batch"], cell["prompt_tokens"]
-        rows.append(report.make_row(metric, samples, *place))
+def start_servers(
+    settings: Settings, builds: Sequence[Build], stack: ExitStack
+) -> dict[str, Server]:
+    """The servers by the build's name, ready; they end with the stack."""
+    servers = {}
+    for build in builds:
+        # What is found there afterwards, this run has compiled.
+        shutil.rmtree(build.cache, ignore_errors=True)
+        file = settings.jobs / f"server-{build.name}.log"
+        log(f"starting the server of {build.name}: {file}")
+        one = server(build, settings.model, engine_args(settings), file)
+        servers[build.name] = stack.enter_context(one)
+    wait_until_ready(list(servers.values()))
+    return servers
+
+
+def run_cell(
+    client: Job, servers: dict[str, Server], cell: Cell, samples: report.Samples
+) -> None:
+    """Add to the samples what the servers' runs say, after one that does not count."""
+    most = max(1, WARM_UP_PROMPT_TOKENS // cell["prompt_tokens"])
+    warm_up = {
+        "num_prompts": min(cell["num_prompts"], most),
+        "output_tokens": WARM_UP_OUTPUT_TOKENS,
+    }
+    for one in servers.values():
+        client.ask(url=one.url, **cell | warm_up)
+    for build in TURNS * rounds(cell):
+        if build in servers:
+            result = client.ask(url=servers[build].url, **cell)
+            for metric, name in report.SERVING.items():
+                of = samples.setdefault(metric, {})
+                of.setdefault(build, []).append(result[name])
+
+
+def cell_rows(
+    samples: report.Samples, batch: int, prompt_tokens: int
+) -> list[report.Row]:
+    rows = [
+        report.make_row(metric, of, batch, prompt_tokens)
+        for metric, of in samples.items()
+    ]
     for row in rows:
-        console.log(
-            f"{report.describe(row)}: {row['stock']:,.5g} and {row['fork']:,.5g}, "
-            f"{report.ratio(row):.2f}x",
-            highlight=False,
-        )
+        log(f"{report.describe(row)}: {report.figures(row)}")
     return rows
 
 
-def measure_offline(settings: Settings) -> Generator[Found, None, None]:
-    """The start of each build's engine, then the rows of latency and throughput."""
-    cells = {"latency": LATENCY, "throughput": THROUGHPUT}
-    job = {"job": "offline", "engine_args": engine_args(settings), **cells}
+def measure_offline(settings: Settings, results: report.Results) -> None:
+    """Add the start of each build's engine, then the rows of latency and throughput."""
     # As the command `vllm` does: forked from a process with threads an engine may hang.
     env = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    measures = {
+        report.LATENCY: ("latency", LATENCY, LATENCY_RUNS),
+        report.THROUGHPUT: ("throughput", THROUGHPUT, THROUGHPUT_RUNS),
+    }
     with ExitStack() as stack:
-        engines: dict[str, Running] = {}
-        answers: dict[str, Iterator[dict[str, Any]]] = {}
-
-        def ask(build: str, name: str, runs: int) -> dict[str, Any]:
-            engines[build].ask(name=name, runs=runs)
-            for answer in answers[build]:
-                return answer
-            raise BenchmarkError(f"{engines[build].what} ended without an answer")
-
+        engines: dict[str, Job] = {}
         for build in settings.builds.values():
-            console.log(f"offline: {build.name}")
-            with MemoryPeak() as peak:
-                process, out = stack.enter_context(
-                    running_job(settings, build, job, env, is_asked=True)
-                )
-                engines[build.name] = process
-                answers[build.name] = results(process, out, list(engines.values()))
+            with Watch(device_memory, 0.05) as memory:
+                started = time.time()
+                one = stack.enter_context(engine_job(settings, build, "offline", env))
                 # Not counted: what it takes at most, and what it compiles.
-                for name in cells:
-                    ready = ask(build.name, name, 1)["ready"]
-            start = describe_start(build, process, ready, peak)
-            console.log(f"offline: {start}", highlight=False)
-            yield Found(starts=[start])
-        rows = []
-        for name, metric, runs in (
-            ("latency", report.LATENCY, LATENCY_RUNS),
-            ("throughput", report.THROUGHPUT, THROUGHPUT_RUNS),
-        ):
+                for name, cell, _ in measures.values():
+                    ready = one.ask(name=name, runs=1, **cell)["ready"]
+            engines[build.name] = one
+            weights_s, model_gib = loading(one.process.log)
+            peak = (max(memory.samples) - memory.samples[0]) / 2**30
+            start = {
+                "build": build.name,
+                "weights_s": round(weights_s, 2),
+                "start_s": round(ready - started, 2),
+                "model_gib": model_gib,
+                "peak_gib": round(peak, 3) or None,
+            }
+            log(f"offline: {start}")
+            results.add(starts=[start])
+        for metric, (name, cell, runs) in measures.items():
             samples: dict[str, list[float]] = {build: [] for build in report.BUILDS}
             for turn in TURNS:
-                samples[turn] += ask(turn, name, runs)["samples"]
-            place = cells[name]["batch"], cells[name]["prompt_tokens"]
-            rows.append(report.make_row(metric, samples, *place))
-    yield Found(rows=rows)
+                said = engines[turn].ask(name=name, runs=runs, **cell)
+                samples[turn] += said["samples"]
+            place = cell["batch"], cell["prompt_tokens"]
+            results.add(rows=[report.make_row(metric, samples, *place)])
 
 
-def measure_profile(settings: Settings) -> Generator[Found, None, None]:
-    """The profile of each build, phase by phase, and torch's share of the memory."""
+def measure_profile(settings: Settings, results: report.Results) -> None:
+    """Add each build's profile, phase by phase, and torch's part of the memory."""
     if not torch.cuda.is_available():
         raise BenchmarkError("a profile needs a GPU: a trace of a CPU has no kernels")
-    job = {"job": "profile", "engine_args": engine_args(settings), **PROFILE}
     # The profiler sees its own process; it is told the parts of a step by name.
     env = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1",
     }
     for build in settings.builds.values():
-        console.log(f"profile: {build.name}")
         found: dict[str, Any] = {}
-        with running_job(settings, build, job, env) as (process, out):
-            for line in results(process, out):
-                if "phase" in line:
-                    found[line["phase"]] = phase(line)
-                else:
-                    reserved, allocated = line["torch_gib"]
+        with engine_job(settings, build, "profile", env) as one:
+            for phase in PHASES:
+                said = one.ask(**phase)
+                found[said["phase"]] = summary(said)
+        reserved, allocated = said["torch_gib"]
         memory = {"reserved_gib": reserved, "allocated_gib": allocated}
-        console.log(f"profile: {memory}", highlight=False)
-        yield Found(profiles={build.name: found}, memory={build.name: memory})
+        log(f"profile: {memory}")
+        results.add_profile(build.name, found, memory)
 
 
-def phase(line: dict[str, Any]) -> dict[str, Any]:
+def summary(said: dict[str, Any]) -> dict[str, Any]:
     """A phase of a profile, from what the job says of it."""
     try:
-        trace = json.loads(Path(line["trace"]).read_text())
-        summary = summarize(trace, line["steps"])
+        found = summarize(json.loads(Path(said["trace"]).read_text()), said["steps"])
     except ValueError as error:
-        raise BenchmarkError(f"{line['trace']}: {error}") from error
-    return {**{name: line[name] for name in report.TIMES}, **summary}
+        raise BenchmarkError(f"{said['trace']}: {error}") from error
+    return {name: said[name] for name in report.TIMES} | found
 
 
 def check_kernels(builds: dict[str, Build]) -> None:
@@ -357,54 +328,32 @@ def check_kernels(builds: dict[str, Build]) -> None:
             )
 
 
-def measure(settings: Settings, parts: Sequence[str]) -> dict[str, Any]:
-    """Measure the parts; the results so far, these among them."""
+PARTS = {
+    "serve": measure_serving,
+    "offline": measure_offline,
+    "profile": measure_profile,
+}
+
+
+def measure(settings: Settings, parts: Sequence[str]) -> None:
+    """Measure the parts, save and show."""
     chip = chip_name()
     name = "serving_int8_alone" if settings.alone else "serving_int8"
-    path = settings.out / chip / f"{name}.json"
-    result = report.load(path, chip, settings.widths.layers)
+    profiles = PROFILES if settings.out == RESULTS else settings.out
+    results = report.Results(
+        settings.out / chip / f"{name}.json",
+        profiles / profile_name(chip),
+        {"chip": chip, "layers": settings.widths.layers},
+    )
     write_checkpoint(settings.model, settings.widths)
-    profile: dict[str, Any] = {
-        "chip": chip,
-        "date": datetime.date.today().isoformat(),
-        "layers": settings.widths.layers,
-        "builds": {},
-        "memory": {},
-    }
-    for part, measure_part in (
-        ("serve", measure_serving),
-        ("offline", measure_offline),
-        ("profile", measure_profile),
-    ):
-        if part not in parts:
-            continue
-        # Closed: whatever comes between two of its yields, its processes end.
-        with closing(measure_part(settings)) as parts_found:
-            for found in parts_found:
-                add(result, found)
-                report.save(path, result)
-                if found.profiles:
-                    profile["builds"] |= found.profiles
-                    profile["memory"] |= found.memory
-                    report.save(settings.profile_out / profile_name(chip), profile)
-        if torch.cuda.is_available():
-            check_kernels(settings.builds)
-        report.plot(result, path.with_suffix(".png"))
-    if result["rows"]:
-        console.print(report.markdown(result), highlight=False, markup=False)
-    if profile["builds"]:
-        console.print(report.profile_markdown(profile), highlight=False, markup=False)
-    return result
-
-
-def add(result: dict[str, Any], found: Found) -> None:
-    """Put what was found into the results, in place of what it measures again."""
-    result["date"] = datetime.date.today().isoformat()
-    result["starts"] = report.merge(result["starts"], found.starts, ("build",))
-    rows = found.rows + report.loading_rows(result["starts"])
-    place = ("metric", "batch", "prompt_tokens")
-    rows = report.merge(result["rows"], rows, place)
-    result["rows"] = sorted(rows, key=report.order)
+    for part, measure_part in PARTS.items():
+        if part in parts:
+            measure_part(settings, results)
+            if torch.cuda.is_available():
+                check_kernels(settings.builds)
+            report.plot(results.result, results.path.with_suffix(".png"))
+    for table in results.tables():
+        console.print(table, highlight=False, markup=False)
 
 
 def chip_name() -> str:
@@ -423,10 +372,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--stock", type=Path, metavar="FOLDER")
     parser.add_argument("--fork", type=Path, metavar="FOLDER", help="if not installed")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument(
-        "--profile-out", type=Path, default=ROOT / "docs/results", metavar="FOLDER"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument(
         "--work",
         type=Path,
@@ -440,7 +386,7 @@ def parse_args() -> argparse.Namespace:
         "--prompt-tokens", type=int, nargs="+", default=PROMPT_TOKENS, metavar="N"
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS, help="which to measure"
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="to measure"
     )
     parser.add_argument(
         "--alone",
@@ -458,7 +404,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.layers < 2:
         parser.error("--layers: the first is dense, at least one has experts")
-    if args.alone and tuple(args.parts) != ("serve",):
+    if args.alone and args.parts != ["serve"]:
         parser.error("--alone: expected --parts serve, which is all that it is for")
     if not args.tables:
         if not args.stock:
@@ -484,7 +430,6 @@ def main() -> None:
         builds={n: Build(n, f, work / "cache" / n) for n, f in folders.items()},
         work=work,
         out=args.out,
-        profile_out=args.profile_out,
         widths=Widths(layers=args.layers),
         batches=args.batches,
         prompt_tokens=args.prompt_tokens,
@@ -492,7 +437,7 @@ def main() -> None:
     )
     try:
         measure(settings, args.parts)
-    except BenchmarkError as error:
+    except (BenchmarkError, ServerError) as error:
         sys.exit(f"error: {error}")
 
 

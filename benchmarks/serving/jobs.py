@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs inside a build: vLLM's own benchmarks, and a profile.
 
-    python -P jobs.py JOB.json
+    python -P jobs.py FD
 
-JOB is `{"job": "serve" | "offline" | "profile", "model": folder, "out": file, ..}`; the
-function of that name says what else. The file `out` gets a line of JSON a result.
+FD is a connection (`multiprocessing.Pipe`). The first message is `{"job": "serve" |
+"offline" | "profile", "model": folder, ..}`; the function of that name says what else,
+and what it is asked by those that follow, one answer each, until the other end closes.
 """
 
 import json
@@ -16,88 +17,77 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
-Emit = Callable[[dict[str, Any]], None]
+Answer = Callable[..., Any]
 
-# Before a cell counts: enough for each kernel that it needs to be compiled.
-WARM_UP_PROMPT_TOKENS, WARM_UP_OUTPUT_TOKENS = 1 << 19, 8
 # In a profile: steps until all requests decode, those that are timed, those traced.
 WARM_UP_STEPS, TIMED_STEPS, TRACED_STEPS = 8, 50, 10
 TIMED_PREFILLS = 10
 
 
-def parse(add_cli_args: Callable[[Any], Any], arguments: list[str]) -> Namespace:
+def parse(module: Any, arguments: list[str]) -> Namespace:
+    """The arguments of one of vLLM's commands."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
-    add_cli_args(parser)
+    module.add_cli_args(parser)
     return parser.parse_args(arguments)
 
 
-def serve(job: Job, emit: Emit) -> None:
-    """`vllm bench serve` for each of `cells`, against the servers of `urls` in `turns`,
-    a cell's `rounds` times.
+def options(**values: Any) -> list[str]:
+    """`--input-len 128` for input_len=128."""
+    return [
+        text
+        for name, value in values.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def serve(job: Job) -> Answer:
+    """`vllm bench serve`: asked with the `url` of a server, a `batch` and so on.
 
     One process asks all servers, since its start takes longer than a run.
     """
     from vllm.benchmarks import serve
 
-    # Of each cell the prompts are the same, and so is the tokenizer: make them once.
     tokenizer = serve.get_tokenizer(job["model"])
     serve.get_tokenizer = lambda *_, **__: tokenizer
-    get_samples = serve.get_samples
-    samples: dict[tuple[int, ...], Any] = {}
 
-    def get_samples_once(args: Namespace, tokenizer: Any) -> Any:
-        key = args.num_prompts, args.random_output_len
-        if key not in samples:
-            samples[key] = get_samples(args, tokenizer)
-        return samples[key]
-
-    serve.get_samples = get_samples_once
-
-    def run(url: str, cell: Job, prompts: int, output_tokens: int) -> dict[str, Any]:
-        arguments = ["--base-url", url, "--model", job["model"], "--disable-tqdm"]
-        arguments += ["--dataset-name", "random", "--ignore-eos"]
-        # Greedy answers of random weights repeat themselves, and then their experts do.
-        arguments += ["--temperature", "1"]
-        for name, value in (
-            ("--num-prompts", prompts),
-            ("--max-concurrency", cell["batch"]),
-            ("--random-input-len", cell["prompt_tokens"]),
-            ("--random-output-len", output_tokens),
-        ):
-            arguments += [name, str(value)]
-        result = serve.main(parse(serve.add_cli_args, arguments))
-        if result["completed"] != prompts:
+    def run(
+        url: str, batch: int, prompt_tokens: int, num_prompts: int, output_tokens: int
+    ) -> dict[str, Any]:
+        arguments = options(
+            base_url=url,
+            model=job["model"],
+            dataset_name="random",
+            # Greedy answers of random weights repeat themselves, and so do experts.
+            temperature=1,
+            num_prompts=num_prompts,
+            max_concurrency=batch,
+            random_input_len=prompt_tokens,
+            random_output_len=output_tokens,
+        )
+        arguments += ["--disable-tqdm", "--ignore-eos"]
+        result = serve.main(parse(serve, arguments))
+        if result["completed"] != num_prompts:
             sys.exit(
-                f"error: {result['completed']} of {prompts} requests succeeded: "
+                f"error: {result['completed']} of {num_prompts} requests succeeded: "
                 "see the log of the server"
             )
         return result
 
-    for cell in job["cells"]:
-        samples.clear()
-        for url in job["urls"].values():
-            most = max(1, WARM_UP_PROMPT_TOKENS // cell["prompt_tokens"])
-            prompts = min(cell["num_prompts"], most)
-            run(url, cell, prompts, WARM_UP_OUTPUT_TOKENS)
-        for build in job["turns"] * cell["rounds"]:
-            url = job["urls"][build]
-            result = run(url, cell, cell["num_prompts"], cell["output_tokens"])
-            emit({"build": build, "cell": cell, "result": result})
+    return run
 
 
-def offline(job: Job, emit: Emit) -> None:
+def offline(job: Job) -> Answer:
     """`vllm bench latency` and `throughput`, with one engine of `engine_args`.
 
-    `latency` and `throughput` are `{"batch", "prompt_tokens", "output_tokens"}`. Which
-    of them runs, how often, and when, a line of standard input says:
-    `{"name": "latency" | "throughput", "runs": N}`. Answers with the samples, and when
-    the engine was ready.
+    Asked with the `name` of one, what it is to run, and how many `runs`. Answers with
+    the samples, and when the engine was ready.
     """
     from vllm import LLM
     from vllm.benchmarks import latency, throughput
@@ -115,80 +105,78 @@ def offline(job: Job, emit: Emit) -> None:
     out = Path(job["out"]).with_suffix(".result.json")
     common = ["--model", job["model"], *job["engine_args"], "--output-json", str(out)]
 
-    def run_latency(runs: int) -> list[float]:
-        cell = job["latency"]
-        arguments = ["--batch-size", str(cell["batch"]), "--num-iters-warmup", "1"]
-        arguments += ["--num-iters", str(runs)]
-        arguments += ["--input-len", str(cell["prompt_tokens"])]
-        arguments += ["--output-len", str(cell["output_tokens"])]
-        latency.main(parse(latency.add_cli_args, common + arguments))
-        return json.loads(out.read_text())["latencies"]
+    def run(module: Any, **values: Any) -> dict[str, Any]:
+        module.main(parse(module, common + options(**values)))
+        return json.loads(out.read_text())
 
-    def run_throughput(runs: int) -> list[float]:
-        cell = job["throughput"]
-        arguments = ["--dataset-name", "random", "--num-prompts", str(cell["batch"])]
-        arguments += ["--random-input-len", str(cell["prompt_tokens"])]
-        arguments += ["--random-output-len", str(cell["output_tokens"])]
-        rates = []
-        for _ in range(runs):
-            throughput.main(parse(throughput.add_cli_args, common + arguments))
-            rates.append(json.loads(out.read_text())["tokens_per_second"])
-        return rates
+    def answer(
+        name: str, runs: int, batch: int, prompt_tokens: int, output_tokens: int
+    ) -> dict[str, Any]:
+        if name == "latency":
+            lengths = {"input_len": prompt_tokens, "output_len": output_tokens}
+            counts = {"num_iters": runs, "num_iters_warmup": 1, "batch_size": batch}
+            samples = run(latency, **counts, **lengths)["latencies"]
+        else:
+            samples = [
+                run(
+                    throughput,
+                    dataset_name="random",
+                    num_prompts=batch,
+                    random_input_len=prompt_tokens,
+                    random_output_len=output_tokens,
+                )["tokens_per_second"]
+                for _ in range(runs)
+            ]
+        return {"samples": samples, "ready": engines[0][0]}
 
-    measures = {"latency": run_latency, "throughput": run_throughput}
-    for line in sys.stdin:
-        question = json.loads(line)
-        samples = measures[question["name"]](question["runs"])
-        emit({"samples": samples, "ready": engines[0][0]})
+    return answer
 
 
-class Gauge:
-    """The GPU's clock, MHz, and power, W, while a `with` block runs: medians of what
-    the driver says every 10 ms; None on a CPU. Power is the driver's average of up to
-    a second."""
+class Watch:
+    """What a function says every so often while a `with` block runs, from before on."""
 
-    def __init__(self) -> None:
-        self._samples: list[tuple[float, float]] = []
+    def __init__(self, sample: Callable[[], Any], seconds: float) -> None:
+        self.samples = [sample()]  # here an error is seen
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def _sample(self) -> None:
-        import torch
+        def watch() -> None:
+            while not self._ended.wait(seconds):
+                self.samples.append(sample())
 
-        sample = torch.cuda.clock_rate(), torch.cuda.power_draw() / 1000
-        self._samples.append(sample)
+        self._thread = threading.Thread(target=watch, daemon=True)
 
-    def _watch(self) -> None:
-        while not self._ended.wait(0.01):
-            self._sample()
-
-    def __enter__(self) -> "Gauge":
-        import torch
-
-        if torch.cuda.is_available():
-            self._sample()  # here an error is seen
-            self._thread.start()
+    def __enter__(self) -> "Watch":
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self._samples:
-            self._thread.join()
-
-    def medians(self) -> dict[str, float | None]:
-        names = "clock_mhz", "power_w"
-        if not self._samples:
-            return dict.fromkeys(names)
-        columns = zip(*self._samples, strict=True)
-        return dict(zip(names, map(statistics.median, columns), strict=True))
+        self._thread.join()
 
 
-def profile(job: Job, emit: Emit) -> None:
-    """Time and trace steps of each of `decode`, `{"batch", "prompt_tokens"}`, and
-    prefills of `prefill` tokens one after the other; then say how much memory torch had
-    at most, and how much of it tensors.
+def gauges() -> tuple[float | None, float | None]:
+    """The GPU's clock, MHz, and power, W, the driver's average of up to a second; None
+    on a CPU."""
+    import torch
 
-    The engine, of `engine_args`, is in this process, which the profiler sees:
+    if not torch.cuda.is_available():
+        return None, None
+    return torch.cuda.clock_rate(), torch.cuda.power_draw() / 1000
+
+
+def median(samples: Any) -> float | None:
+    known = [sample for sample in samples if sample is not None]
+    return statistics.median(known) if known else None
+
+
+def profile(job: Job) -> Answer:
+    """Time and trace steps, of the engine of `engine_args`.
+
+    Asked with `prompt_tokens` and either a `batch`, whose decode steps are measured, or
+    none, for prefills one after the other. Answers with the phase, its times and trace,
+    how much memory torch had so far at most, and how much of it tensors.
+
+    The engine is in this process, which the profiler sees:
     VLLM_ENABLE_V1_MULTIPROCESSING is 0, and VLLM_CUSTOM_SCOPES_FOR_PROFILING 1, which
     names the parts of a step in the trace.
     """
@@ -196,10 +184,8 @@ def profile(job: Job, emit: Emit) -> None:
     from torch.profiler import ProfilerActivity
     from vllm import LLM, EngineArgs, SamplingParams
 
-    arguments = ["--model", job["model"], *job["engine_args"]]
-    args = parse(EngineArgs.add_cli_args, arguments)
+    args = parse(EngineArgs, ["--model", job["model"], *job["engine_args"]])
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
-    out = Path(job["out"]).with_suffix("")
     on_gpu = torch.cuda.is_available()
     engine = llm.llm_engine
     vocab = llm.model_config.get_vocab_size()
@@ -217,10 +203,6 @@ def profile(job: Job, emit: Emit) -> None:
         engine.add_request(name, prompt, params)
         return name
 
-    def synchronize() -> None:
-        if on_gpu:
-            torch.cuda.synchronize()
-
     def steps(number: int) -> None:
         for _ in range(number):
             engine.step()
@@ -230,6 +212,7 @@ def profile(job: Job, emit: Emit) -> None:
             engine.step()
 
     def seconds(work: Callable[[], None]) -> float:
+        synchronize = torch.cuda.synchronize if on_gpu else torch.cpu.synchronize
         synchronize()
         started = time.perf_counter()
         work()
@@ -237,23 +220,22 @@ def profile(job: Job, emit: Emit) -> None:
         return time.perf_counter() - started
 
     def timed(number: int, work: Callable[[], None]) -> dict[str, Any]:
-        with Gauge() as gauge:
+        with Watch(gauges, 0.01) as watch:
             wall = seconds(work)
-        return {"wall_us": round(wall * 1e6 / number, 1), **gauge.medians()}
+        clock, power = map(median, zip(*watch.samples, strict=True))
+        us = round(wall * 1e6 / number, 1)
+        return {"wall_us": us, "clock_mhz": clock, "power_w": power}
 
-    def trace(
-        phase: str, number: int, times: dict[str, Any], work: Callable[[], None]
-    ) -> None:
+    def trace(phase: str, number: int, work: Callable[[], None]) -> dict[str, Any]:
         activities = [ProfilerActivity.CPU]
         activities += [ProfilerActivity.CUDA] if on_gpu else []
-        file = f"{out}-{phase.replace(' ', '-')}.json"
+        file = f"{job['out']}-{phase.replace(' ', '-')}.json"
         with torch.profiler.profile(activities=activities) as profiler:
             seconds(work)
         profiler.export_chrome_trace(file)
-        emit({"phase": phase, "steps": number, "trace": file, **times})
+        return {"phase": phase, "steps": number, "trace": file}
 
-    for cell in job["decode"]:
-        batch, prompt_tokens = cell["batch"], cell["prompt_tokens"]
+    def decode(batch: int, prompt_tokens: int) -> dict[str, Any]:
         # Prompts share steps by the thousand tokens: one a request is enough to start.
         most = WARM_UP_STEPS + batch + TIMED_STEPS + TRACED_STEPS + 8
         requests = [add(prompt_tokens, most) for _ in range(batch)]
@@ -263,19 +245,28 @@ def profile(job: Job, emit: Emit) -> None:
         steps(WARM_UP_STEPS)
         times = timed(TIMED_STEPS, lambda: steps(TIMED_STEPS))
         phase = f"decode batch {batch} after {prompt_tokens}"
-        trace(phase, TRACED_STEPS, times, lambda: steps(TRACED_STEPS))
+        found = trace(phase, TRACED_STEPS, lambda: steps(TRACED_STEPS))
         engine.abort_request(requests)
         finish()
-    add(job["prefill"], 1)
-    finish()
-    for _ in range(TIMED_PREFILLS):
-        add(job["prefill"], 1)
-    times = timed(TIMED_PREFILLS, finish)
-    add(job["prefill"], 1)
-    trace(f"prefill {job['prefill']}", 1, times, finish)
-    if on_gpu:
-        most = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
-        emit({"torch_gib": [round(value / 2**30, 3) for value in most]})
+        return times | found
+
+    def prefill(prompt_tokens: int) -> dict[str, Any]:
+        add(prompt_tokens, 1)
+        finish()
+        for _ in range(TIMED_PREFILLS):
+            add(prompt_tokens, 1)
+        times = timed(TIMED_PREFILLS, finish)
+        add(prompt_tokens, 1)
+        return times | trace(f"prefill {prompt_tokens}", 1, finish)
+
+    def answer(prompt_tokens: int, batch: int | None = None) -> dict[str, Any]:
+        found = decode(batch, prompt_tokens) if batch else prefill(prompt_tokens)
+        most = (0, 0)
+        if on_gpu:
+            most = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+        return found | {"torch_gib": [round(value / 2**30, 3) for value in most]}
+
+    return answer
 
 
 JOBS = {"serve": serve, "offline": offline, "profile": profile}
@@ -284,14 +275,15 @@ JOBS = {"serve": serve, "offline": offline, "profile": profile}
 def main() -> None:
     # An engine's own processes end with it where it ends in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    job = json.loads(Path(sys.argv[1]).read_text())
-    with open(job["out"], "w") as out:
-
-        def emit(line: dict[str, Any]) -> None:
-            out.write(json.dumps(line) + "\n")
-            out.flush()
-
-        JOBS[job["job"]](job, emit)
+    connection = Connection(int(sys.argv[1]))
+    job = connection.recv()
+    answer = JOBS[job["job"]](job)
+    while True:
+        try:
+            question = connection.recv()
+        except EOFError:
+            return
+        connection.send(answer(**question))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of a build under test: none is left behind, and none dies unnoticed."""
 
-import ctypes
 import json
 import os
 import re
 import signal
-import socket
-import subprocess
 import sys
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.serving import jobs
 from benchmarks.serving.errors import BenchmarkError
+from tests import sessions
+from tests.sessions import Server
 
 START_SECONDS = 400  # for an engine that has compiled nothing yet
-STOP_SECONDS = 15
-LAST_LINES = 25
-HOST = "127.0.0.1"
-PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)  # loaded here, as little as can be is left for after a fork
+# Has the kernel end a process when this one is killed.
+WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "--")
 LOADING = re.compile(r"Model loading took ([\d.]+) GiB memory and ([\d.]+) seconds")
 # The CPU's worker has no line for all of it.
 LOADING_ON_CPU = re.compile(r"Loading weights took ([\d.]+) seconds")
@@ -47,12 +42,12 @@ class Build:
         path = [str(self.folder.resolve())] if self.folder else []
         if inherited := os.environ.get("PYTHONPATH"):
             path.append(inherited)
-        return os.environ | {
+        return {
             "PYTHONPATH": os.pathsep.join(path),
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
-            "NO_PROXY": HOST,
-            "no_proxy": HOST,
+            "NO_PROXY": sessions.HOST,
+            "no_proxy": sessions.HOST,
             "VLLM_LOGGING_LEVEL": "INFO",  # its lines are read
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CACHE_ROOT": str(self.cache / "vllm"),
@@ -65,188 +60,105 @@ class Build:
         return {file.stem for file in self.cache.rglob("*.json")}
 
 
-@dataclass
-class Running:
-    """A process in a session of its own, with all that it starts."""
-
-    what: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    started: float  # time.time()
-
-    def check(self) -> None:
-        """Raise if it has ended."""
-        status = self.process.poll()
-        if status is not None:
-            raise BenchmarkError(
-                f"{self.what} ended with status {status}; the end of {self.log}:\n"
-                + last_lines(self.log)
-            )
-
-    def ask(self, **question: Any) -> None:
-        """Send a line of JSON to one that is asked, or raise if it has ended."""
-        assert self.process.stdin
-        with suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(question).encode() + b"\n")
-            self.process.stdin.flush()
-        self.check()
-
-    def stop(self) -> None:
-        """End the whole session, first by asking."""
-        for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5)):
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-            # All of it: workers hold the device's memory until they are gone.
-            deadline = time.monotonic() + seconds
-            while group_lives(self.process.pid) and time.monotonic() < deadline:
-                time.sleep(0.05)
-        self.process.wait(5)
-
-
-def group_lives(group: int) -> bool:
-    """Whether a process of the group runs; those that wait to be reaped do not."""
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, of = file.read_text().rpartition(")")[2].split()[:3]
-            if int(of) == group and state != "Z":
-                return True
-    return False
-
-
-def last_lines(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return "\n".join(lines[-LAST_LINES:])
-
-
-_signals: list[int] = []
-
-
 def end_on_signals() -> None:
-    """Have the first SIGINT or SIGTERM raise BenchmarkError, wherever it comes.
-
-    Those that follow do not stop the stopping of what was started.
-    """
+    """Have the first SIGINT or SIGTERM raise BenchmarkError; those that follow do not
+    stop the stopping of what was started."""
+    numbers = signal.SIGINT, signal.SIGTERM
 
     def handle(number: int, _: Any) -> None:
-        _signals.append(number)
-        if len(_signals) == 1:
-            check_signals()
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        raise BenchmarkError(f"ended by {signal.Signals(number).name}")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in numbers:
         signal.signal(number, handle)
-
-
-def check_signals() -> None:
-    """Raise if a signal came: Python loses what is raised while it forks."""
-    if _signals:
-        raise BenchmarkError(f"ended by {signal.Signals(_signals[0]).name}")
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process when its parent is killed."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-@contextmanager
-def running(
-    what: str,
-    command: Sequence[str | Path],
-    env: Mapping[str, str],
-    log: Path,
-    is_asked: bool = False,
-) -> Iterator[Running]:
-    """Start a command; when the block is left, however, it is stopped.
-
-    One that is asked reads what `Running.ask` sends from its standard input.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as file:
-        started = time.time()
-        process = subprocess.Popen(
-            command,
-            env=dict(env),
-            cwd=log.parent,
-            stdin=subprocess.PIPE if is_asked else subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
-    found = Running(what, process, log, started)
-    try:
-        yield found
-    finally:
-        found.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind((HOST, 0))
-        return one.getsockname()[1]
 
 
 @contextmanager
 def server(
     build: Build, model: Path, engine_args: Sequence[str], log: Path
-) -> Iterator[tuple[Running, str]]:
-    """`vllm serve`, not ready yet; and its URL."""
-    port = free_port()
-    url = f"http://{HOST}:{port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
-    command += ["--host", HOST, "--port", str(port)]
-    command += ["--disable-uvicorn-access-log", *engine_args]
+) -> Iterator[Server]:
+    """`vllm serve`, not ready yet."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    options = ["--disable-uvicorn-access-log", *engine_args]
     what = f"the server of {build.name}"
-    with running(what, command, build.environment(), log) as process:
-        yield process, url
+    env = build.environment()
+    with sessions.serve(model, log, options, env, None, WITH_PARENT, what) as one:
+        yield one
 
 
-def wait_until_ready(servers: Mapping[str, Running]) -> None:
-    """Wait until all servers answer, by URL."""
-    # No proxy stands between processes of one machine.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + START_SECONDS
-    waiting = list(servers)
-    while waiting:
-        check_signals()
-        for server in servers.values():
-            server.check()
-        try:
-            with opener.open(f"{waiting[0]}/health", timeout=5):
-                waiting.pop(0)
-                continue
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            pass
-        if time.monotonic() > deadline:
-            late = servers[waiting[0]]
-            raise BenchmarkError(
-                f"{late.what} was not ready in {START_SECONDS} s; the end of "
-                f"{late.log}:\n{last_lines(late.log)}"
-            )
-        time.sleep(0.1)
+def wait_until_ready(servers: Sequence[Server]) -> None:
+    """Wait until all servers answer; raises if any ends before."""
 
-
-def results(
-    job: Running, out: Path, others: Sequence[Running] = ()
-) -> Iterator[dict[str, Any]]:
-    """The lines of JSON that a job writes to a file, as they come, until it ends.
-
-    Raises if it fails, or if any of the others ends before.
-    """
-    at = 0
-    while True:
-        check_signals()
-        status = job.process.poll()  # first: what it wrote last is read after its end
-        *whole, _ = out.read_bytes()[at:].split(b"\n") if out.exists() else [b""]
-        for line in whole:
-            at += len(line) + 1
-            yield json.loads(line)
-        if status == 0:
-            return
-        if status is not None:
-            job.check()
-        for one in others:
+    def are_ready() -> bool:
+        for one in servers:
             one.check()
-        time.sleep(0.1)
+        return all(one.is_ready() for one in servers)
+
+    for one in servers:
+        one.wait_until(are_ready, "ready", START_SECONDS)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of jobs.py in a process of a build; its answers are kept in a file."""
+
+    process: Server
+    connection: Connection
+    answers: Path
+    others: Sequence[Server]  # which are to live as long
+
+    def ask(self, **question: Any) -> Any:
+        """What it answers; raises if it, or any of the others, ends before."""
+        with suppress(BrokenPipeError):
+            self.connection.send(question)
+        while not self.connection.poll(0.1):
+            for one in (self.process, *self.others):
+                one.check()
+        try:
+            answer = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.process.wait()
+            raise self.process.error(
+                f"ended with status {self.process.process.returncode}"
+            ) from None
+        with self.answers.open("a") as file:
+            file.write(json.dumps({**question, "answer": answer}) + "\n")
+        return answer
+
+
+@contextmanager
+def job(
+    name: str,
+    build: Build,
+    folder: Path,
+    env: dict[str, str],
+    others: Iterable[Server] = (),
+    **settings: Any,
+) -> Iterator[Job]:
+    """Start a job; what it prints and answers is in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log, answers = (folder / f"{name}-{build.name}{end}" for end in (".log", ".jsonl"))
+    for file in (log, answers):
+        file.unlink(missing_ok=True)
+    ours, its = Pipe()
+    command = [*WITH_PARENT, sys.executable, "-P", jobs.__file__, str(its.fileno())]
+    with (
+        ours,
+        sessions.run(
+            command,
+            log,
+            build.environment() | env,
+            [its.fileno()],
+            f"the {name} job of {build.name}",
+        ) as process,
+    ):
+        its.close()
+        ours.send(
+            {"job": name, "out": str(folder / f"{name}-{build.name}"), **settings}
+        )
+        yield Job(process, ours, answers, list(others))
 
 
 def loading(log: Path) -> tuple[float, float | None]:
@@ -262,31 +174,3 @@ def loading(log: Path) -> tuple[float, float | None]:
 def device_memory() -> int:
     """Bytes of the device's memory that are in use, by whatever process; 0 on a CPU."""
     return torch.cuda.device_memory_used(0) if torch.cuda.is_available() else 0
-
-
-class MemoryPeak:
-    """The most memory of the device that is in use in a `with` block, in GiB.
-
-    What is in use when it is made does not count.
-    """
-
-    def __init__(self) -> None:
-        self._before = self._most = device_memory()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.05):
-            self._most = max(self._most, device_memory())
-
-    def __enter__(self) -> "MemoryPeak":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    @property
-    def gib(self) -> float:
-        return (self._most - self._before) / 2**30

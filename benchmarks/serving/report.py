@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of figures: merged, held against bars, shown, drawn, written as Markdown."""
 
+import datetime
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from benchmarks.plots import Line, Panel, draw
 from benchmarks.serving.errors import BenchmarkError
 
 Row = dict[str, Any]
+Samples = dict[str, dict[str, list[float]]]  # by metric and build
 BUILDS = ("stock", "fork")
 # Of a phase of the profile, beside what its kernels take.
 TIMES = {"wall_us": "wall clock", "clock_mhz": "clock, MHz", "power_w": "power, W"}
@@ -27,11 +28,19 @@ SPEED = {
     LATENCY: "lower",
     THROUGHPUT: "higher",
 }
+# As `vllm bench serve` calls them.
+SERVING = {
+    TTFT: "median_ttft_ms",
+    TPOT: "median_tpot_ms",
+    OUTPUT_RATE: "output_throughput",
+    TOTAL_RATE: "total_token_throughput",
+}
 WEIGHTS_LOADING = "weights loading (s)"
 ENGINE_START = "engine start (s)"
 MODEL_MEMORY, PEAK_MEMORY = "model memory (GiB)", "peak GPU memory (GiB)"
-LOADING = (WEIGHTS_LOADING, ENGINE_START)
-MEMORY = (MODEL_MEMORY, PEAK_MEMORY)
+# As a start calls them.
+LOADING = {WEIGHTS_LOADING: "weights_s", ENGINE_START: "start_s"}
+MEMORY = {MODEL_MEMORY: "model_gib", PEAK_MEMORY: "peak_gib"}
 LONG_PROMPT = 8192
 
 
@@ -60,12 +69,7 @@ def _short(value: float) -> float:
 def loading_rows(starts: Sequence[Mapping[str, Any]]) -> list[Row]:
     """One row a figure that both builds' starts have."""
     rows = []
-    for metric, key in (
-        (WEIGHTS_LOADING, "weights_s"),
-        (ENGINE_START, "start_s"),
-        (MODEL_MEMORY, "model_gib"),
-        (PEAK_MEMORY, "peak_gib"),
-    ):
+    for metric, key in (LOADING | MEMORY).items():
         samples = {
             start["build"]: [start[key]] for start in starts if start[key] is not None
         }
@@ -85,9 +89,8 @@ def merge(
 
 def order(row: Row) -> tuple[int, int, int]:
     """To sort rows: by metric, prompt and batch."""
-    metrics = [*SPEED, *LOADING, *MEMORY]
-    place = row["prompt_tokens"] or 0, row["batch"] or 0
-    return metrics.index(row["metric"]), *place
+    metric = [*SPEED, *LOADING, *MEMORY].index(row["metric"])
+    return metric, row["prompt_tokens"] or 0, row["batch"] or 0
 
 
 def ratio(row: Row) -> float:
@@ -97,52 +100,42 @@ def ratio(row: Row) -> float:
     return row["fork"] / row["stock"]
 
 
-@dataclass(frozen=True)
-class Bar:
-    what: str
-    least: float
-    applies: Callable[[Row], bool]
-
-
-def bars(rows: Sequence[Row]) -> list[Bar]:
-    """What is asked of the fork; ratios as `ratio` has them."""
+def bars(rows: Sequence[Row]) -> list[tuple[str, float, list[Row]]]:
+    """What is asked of the fork, the least ratio, and the rows that it is asked of."""
     batches = [row["batch"] for row in rows if row["metric"] == TOTAL_RATE]
     most = max(batches, default=0)
+    long = [
+        row
+        for row in rows
+        if row["prompt_tokens"] == LONG_PROMPT
+        and row["metric"] in (THROUGHPUT, TOTAL_RATE)
+        and (row["metric"] == THROUGHPUT or row["batch"] == most > 1)
+    ]
+    one = [row for row in rows if row["metric"] == TPOT and row["batch"] == 1]
 
-    def is_long_throughput(row: Row) -> bool:
-        if row["prompt_tokens"] != LONG_PROMPT:
-            return False
-        return row["metric"] == THROUGHPUT or (
-            row["metric"] == TOTAL_RATE and row["batch"] == most > 1
-        )
+    def of(metrics: Collection[str]) -> list[Row]:
+        return [row for row in rows if row["metric"] in metrics]
 
     return [
-        Bar(
-            "time per output token, batch 1",
-            1.10,
-            lambda row: row["metric"] == TPOT and row["batch"] == 1,
-        ),
-        Bar(f"throughput, {LONG_PROMPT}-token prompts", 1.5, is_long_throughput),
-        Bar("no speed worse", 0.98, lambda row: row["metric"] in SPEED),
-        Bar("loading no slower", 1.0, lambda row: row["metric"] in LOADING),
-        Bar("no more memory", 1.0, lambda row: row["metric"] in MEMORY),
+        ("time per output token, batch 1", 1.10, one),
+        (f"throughput, {LONG_PROMPT}-token prompts", 1.5, long),
+        ("no speed worse", 0.98, of(SPEED)),
+        ("loading no slower", 1.0, of(LOADING)),
+        ("no more memory", 1.0, of(MEMORY)),
     ]
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """A line a bar: met, missed by which row, or not measured."""
     lines = []
-    for bar in bars(rows):
-        found = [row for row in rows if bar.applies(row)]
+    for what, least, found in bars(rows):
+        bar = f"{what} >= {least:.2f}x"
         if not found:
-            lines.append(f"not measured: {bar.what} >= {bar.least:.2f}x")
+            lines.append(f"not measured: {bar}")
             continue
         worst = min(found, key=ratio)
-        met = round(ratio(worst), 2) >= bar.least
-        lines.append(
-            f"{'met' if met else 'missed'}: {bar.what} >= {bar.least:.2f}x; least "
-            f"{ratio(worst):.2f}x, {describe(worst)}"
-        )
+        said = "met" if round(ratio(worst), 2) >= least else "missed"
+        lines.append(f"{said}: {bar}; least {ratio(worst):.2f}x, {describe(worst)}")
     return lines
 
 
@@ -152,21 +145,47 @@ def describe(row: Row) -> str:
     return f"{row['metric']}, {row['batch']} x {row['prompt_tokens']}"
 
 
-def load(path: Path, chip: str, layers: int) -> dict[str, Any]:
-    """The results so far, or none.
+class Results:
+    """What is measured, saved as it comes; `about` is the chip and the layers.
 
     Raises:
         BenchmarkError: those there are of another model.
     """
-    if not path.exists():
-        return {"chip": chip, "layers": layers, "starts": [], "rows": []}
-    result = json.loads(path.read_text())
-    if result["layers"] != layers:
-        raise BenchmarkError(
-            f"{path}: expected results of {layers} layers, found {result['layers']}: "
-            "choose another --out, or remove it"
+
+    def __init__(self, path: Path, profile_path: Path, about: dict[str, Any]) -> None:
+        self.path, self.profile_path = path, profile_path
+        date = {"date": datetime.date.today().isoformat()}
+        self.result = about | {"starts": [], "rows": []} | date
+        self.profile = about | date | {"builds": {}, "memory": {}}
+        if path.exists():
+            self.result = json.loads(path.read_text()) | date
+            found, layers = self.result["layers"], about["layers"]
+            if found != layers:
+                raise BenchmarkError(
+                    f"{path}: expected results of {layers} layers, found {found}: "
+                    "choose another --out, or remove it"
+                )
+
+    def add(self, rows: Sequence[Row] = (), starts: Sequence[Row] = ()) -> None:
+        """In place of what they measure again."""
+        result = self.result
+        result["starts"] = merge(result["starts"], starts, ("build",))
+        rows = [*rows, *loading_rows(result["starts"])]
+        rows = merge(result["rows"], rows, ("metric", "batch", "prompt_tokens"))
+        result["rows"] = sorted(rows, key=order)
+        save(self.path, result)
+
+    def add_profile(self, build: str, phases: Row, memory: Row) -> None:
+        """By phase what `summarize` says; torch's memory at most."""
+        self.profile["builds"][build] = phases
+        self.profile["memory"][build] = memory
+        save(self.profile_path, self.profile)
+
+    def tables(self) -> list[str]:
+        found = [markdown(self.result)] if self.result["rows"] else []
+        return found + (
+            [profile_markdown(self.profile)] if self.profile["builds"] else []
         )
-    return result
 
 
 def save(path: Path, result: Mapping[str, Any]) -> None:

@@ -11,9 +11,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from benchmarks.serving.checkpoint import Widths, write_checkpoint
 from benchmarks.serving.errors import BenchmarkError
 from benchmarks.serving.kernel_kinds import HEAD, OTHER, kind, summarize
 from benchmarks.serving.processes import Build
+from tests.sessions import ServerError
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = Widths(
@@ -171,6 +172,11 @@ def test_tokens_stay_as_many_through_text(folder: Path, rng: torch.Generator) ->
 # Rows and bars.
 
 
+def make_results(tmp_path: Path, layers: int = 3) -> report.Results:
+    about = {"chip": "chip", "layers": layers}
+    return report.Results(tmp_path / "results.json", tmp_path / "profile.json", about)
+
+
 def row(metric: str, stock: float, fork: float, *place: int) -> report.Row:
     return report.make_row(metric, {"stock": [stock], "fork": [fork]}, *place)
 
@@ -190,15 +196,18 @@ def test_row_has_medians_and_runs() -> None:
     }
 
 
-def test_merge_replaces_rows_of_the_same_key() -> None:
+def test_merge_replaces_rows_of_the_same_key(tmp_path: Path) -> None:
     old = [row(report.TPOT, 1, 1, 1, 128), row(report.TTFT, 2, 2, 1, 128)]
     new = [row(report.TTFT, 5, 4, 1, 128), row(report.TTFT, 6, 6, 8, 128)]
     key = ("metric", "batch", "prompt_tokens")
     assert report.merge(old, new, key) == [old[0], new[0], new[1]]
     # A part that adds to the same file keeps what another has found.
-    result: dict[str, Any] = {"rows": old, "starts": []}
-    benchmark.add(result, benchmark.Found(rows=new))
-    assert result["rows"] == [new[0], new[1], old[0]]
+    results = make_results(tmp_path)
+    results.add(rows=old)
+    again = make_results(tmp_path)
+    again.add(rows=new)
+    assert again.result["rows"] == [new[0], new[1], old[0]]
+    assert json.loads(again.path.read_text()) == again.result
 
 
 def test_ratio_is_above_one_where_the_fork_wins() -> None:
@@ -271,11 +280,10 @@ def test_loading_rows() -> None:
 
 
 def test_results_of_another_model_are_not_mixed(tmp_path: Path) -> None:
-    path = tmp_path / "chip/serving_int8.json"
-    report.save(path, report.load(path, "chip", 6))
-    assert report.load(path, "chip", 6)["rows"] == []
+    make_results(tmp_path, layers=6).add()
+    assert make_results(tmp_path, layers=6).result["rows"] == []
     with pytest.raises(BenchmarkError, match="expected results of 5 layers, found 6"):
-        report.load(path, "chip", 5)
+        make_results(tmp_path, layers=5)
 
 
 def test_tables_of_a_profile() -> None:
@@ -588,7 +596,6 @@ def make_settings(
         builds={n: Build(n, f, tmp_path / "cache" / n) for n, f in folders.items()},
         work=tmp_path,
         out=tmp_path / "out",
-        profile_out=tmp_path / "out",
         widths=WIDTHS,
         batches=(1, 256),
         prompt_tokens=(128,),
@@ -623,10 +630,11 @@ def none_is_left(tmp_path: Path, started: int) -> bool:
 
 
 def test_serving_asks_both_builds_in_turns(tmp_path: Path) -> None:
-    found = list(benchmark.measure_serving(make_settings(tmp_path)))
+    results = make_results(tmp_path)
+    benchmark.measure_serving(make_settings(tmp_path), results)
     # The fake's figures are the number of the run; of each cell the first two, one a
     # build, do not count.
-    rows = {r["batch"]: r for part in found for r in part.rows}
+    rows = {row["batch"]: row for row in results.result["rows"]}
     assert rows[1]["runs"] == {
         "stock": [3, 6, 7, 10, 11, 14],
         "fork": [4, 5, 8, 9, 12, 13],
@@ -635,89 +643,82 @@ def test_serving_asks_both_builds_in_turns(tmp_path: Path) -> None:
     assert none_is_left(tmp_path, 4)
 
 
+class Meanwhile(report.Results):
+    """Results that do something when rows of the first cell come."""
+
+    def __init__(self, tmp_path: Path, work: Callable[[], object]) -> None:
+        super().__init__(tmp_path / "results.json", tmp_path / "profile.json", {})
+        self.work = work
+
+    def add(
+        self, rows: Sequence[report.Row] = (), starts: Sequence[report.Row] = ()
+    ) -> None:
+        if not self.result["rows"]:
+            self.work()
+        super().add(rows, starts)
+
+
 def test_a_server_alone_has_ended_when_the_next_one_starts(tmp_path: Path) -> None:
     settings = dataclasses.replace(make_settings(tmp_path), alone=True)
-    found = benchmark.measure_serving(settings)
-    first = next(found)  # of both builds
-    assert [alive(pid) for pid in started_pids(tmp_path)].count(True) == 2
-    rows = {r["batch"]: r for part in (first, *found) for r in part.rows}
+
+    def look() -> None:  # rows are of both builds
+        assert [alive(pid) for pid in started_pids(tmp_path)].count(True) == 2
+
+    results = Meanwhile(tmp_path, look)
+    benchmark.measure_serving(settings, results)
+    rows = {row["batch"]: row for row in results.result["rows"]}
     # Of each cell the first run of a build does not count.
     assert rows[1]["runs"] == dict.fromkeys(report.BUILDS, [2, 3, 4, 5, 6, 7])
     assert rows[256]["runs"] == dict.fromkeys(report.BUILDS, [9, 10])
-    # Where the fork's half is cut off, stock's is not lost.
-    assert (tmp_path / "jobs/serve-stock.jsonl").read_text().count("\n") == 8
+    # Where the fork's half is cut off, stock's is not lost: both warm-ups, all runs.
+    assert (tmp_path / "jobs/serve-stock.jsonl").read_text().count("\n") == 2 + 8
     assert none_is_left(tmp_path, 4)
 
 
 def test_engines_are_asked_in_turns(tmp_path: Path) -> None:
-    *starts, found = benchmark.measure_offline(make_settings(tmp_path))
-    assert [start.starts[0]["build"] for start in starts] == ["stock", "fork"]
-    assert all(start.starts[0]["weights_s"] == 1.25 for start in starts)
-    latency, throughput = found.rows
+    results = make_results(tmp_path)
+    benchmark.measure_offline(make_settings(tmp_path), results)
+    starts = results.result["starts"]
+    assert [start["build"] for start in starts] == ["stock", "fork"]
+    assert all(start["weights_s"] == 1.25 for start in starts)
+    assert all(0 < start["start_s"] < 60 for start in starts)
+    rows = {row["metric"]: row["runs"] for row in results.result["rows"]}
     # The first call of each, 1 and 2, does not count.
     turns = {"stock": (3, 6), "fork": (4, 5)}
     for build, numbers in turns.items():
         of_turns = [[float(number)] * benchmark.LATENCY_RUNS for number in numbers]
-        assert latency["runs"][build] == sum(of_turns, [])
+        assert rows[report.LATENCY][build] == sum(of_turns, [])
     rate = benchmark.THROUGHPUT["batch"] + 0.1  # one engine of each build
     for build in report.BUILDS:
-        assert throughput["runs"][build] == [rate] * 2 * benchmark.THROUGHPUT_RUNS
+        rates = rows[report.THROUGHPUT][build]
+        assert rates == [rate] * 2 * benchmark.THROUGHPUT_RUNS
 
 
 def test_profile_times_and_traces_each_phase(tmp_path: Path) -> None:
-    settings = make_settings(tmp_path)
-    job = {"job": "profile", "engine_args": [], **benchmark.PROFILE}
-    build = settings.builds["fork"]
-    with benchmark.running_job(settings, build, job) as (process, out):
-        lines = [line for line in processes.results(process, out) if "phase" in line]
+    build = make_settings(tmp_path).builds["fork"]
+    settings: dict[str, Any] = {"model": "", "engine_args": []}
+    with processes.job("profile", build, tmp_path, {}, **settings) as job:
+        found = [job.ask(**phase) for phase in benchmark.PHASES]
     cells = [(1, 128), (1, 8192), (64, 128), (256, 128)]
     phases = [f"decode batch {batch} after {tokens}" for batch, tokens in cells]
-    assert [line["phase"] for line in lines] == [*phases, "prefill 8192"]
-    assert [line["steps"] for line in lines] == [10, 10, 10, 10, 1]
-    for line in lines:
-        assert line["wall_us"] > 0 and json.loads(Path(line["trace"]).read_text())
-        assert torch.cuda.is_available() == (line["clock_mhz"] is not None)
+    assert [one["phase"] for one in found] == [*phases, "prefill 8192"]
+    assert [one["steps"] for one in found] == [10, 10, 10, 10, 1]
+    for one in found:
+        assert one["wall_us"] > 0 and json.loads(Path(one["trace"]).read_text())
+        assert torch.cuda.is_available() == (one["clock_mhz"] is not None)
 
 
 def test_engine_that_dies_ends_all_loudly(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, fork="job_dies")
-    with pytest.raises(
-        BenchmarkError, match=r"the offline job of fork[\s\S]*own error"
-    ):
-        list(benchmark.measure_offline(settings))
+    said = r"the offline job of fork ended with status 1[\s\S]*own error"
+    with pytest.raises(ServerError, match=said):
+        benchmark.measure_offline(settings, make_results(tmp_path))
 
 
-class EndsWhileItsLinesAreRead:
-    """A job's process that runs when it is asked first, and has ended since."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.asked = 0
-
-    def poll(self) -> int | None:
-        self.asked += 1
-        if self.asked == 1:
-            return None
-        self.out.write_text('{"run": 1}\n{"run": 2}\n')
-        return 0
-
-
-def test_job_that_ends_while_its_lines_are_read_has_not_failed(tmp_path: Path) -> None:
-    out = tmp_path / "job.jsonl"
-    out.write_text('{"run": 1}\n')
-    process = cast("subprocess.Popen[bytes]", EndsWhileItsLinesAreRead(out))
-    job = processes.Running("the job", process, tmp_path / "job.log", started=0.0)
-    job.log.write_text("all went well\n")
-    assert list(processes.results(job, out)) == [{"run": 1}, {"run": 2}]
-
-
-def test_server_that_dies_ends_all_loudly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes, "START_SECONDS", 20)
+def test_server_that_dies_ends_all_loudly(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, fork="dies")
-    with pytest.raises(BenchmarkError) as error:
-        list(benchmark.measure_serving(settings))
+    with pytest.raises(ServerError) as error:
+        benchmark.measure_serving(settings, make_results(tmp_path))
     said = str(error.value)
     assert said.startswith("the server of fork ended with status 3")
     assert str(tmp_path / "jobs/server-fork.log") in said and "this is why" in said
@@ -726,18 +727,20 @@ def test_server_that_dies_ends_all_loudly(
 
 def test_client_that_fails_ends_all_loudly(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, fork="client_dies")
-    with pytest.raises(BenchmarkError, match=r"the serve job of fork[\s\S]*own error"):
-        list(benchmark.measure_serving(settings))
+    with pytest.raises(ServerError, match=r"the serve job of fork[\s\S]*own error"):
+        benchmark.measure_serving(settings, make_results(tmp_path))
     assert none_is_left(tmp_path, 4)
 
 
 def test_server_that_dies_later_is_noticed(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, fork="waits")
-    found = benchmark.measure_serving(settings)
-    next(found)
-    os.kill(started_pids(tmp_path)[0], signal.SIGKILL)
-    with pytest.raises(BenchmarkError, match="the server of .* ended with status -9"):
-        list(found)
+    results = Meanwhile(
+        tmp_path, lambda: os.kill(started_pids(tmp_path)[0], signal.SIGKILL)
+    )
+    with pytest.raises(ServerError, match="the server of .* ended with status -9"):
+        benchmark.measure_serving(settings, results)
+    assert len(results.result["rows"]) == 4  # which were saved before
+    assert json.loads(results.path.read_text()) == results.result
     assert none_is_left(tmp_path, 4)
 
 
