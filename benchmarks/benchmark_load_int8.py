@@ -23,11 +23,14 @@ import importlib
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.serving.checkpoint import Widths, write_checkpoint
+from benchmarks.serving.report import save
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build/load"
@@ -42,15 +46,10 @@ RUNS = 9
 SHARD_BYTES = 400 << 20
 CHECKS = "vllm/model_executor/layers/quantization/quark/load_checks/loading.py"
 MAX_COST = 0.03
-# Sizes of a Step-3.5-Flash layer, but for the number of experts.
-# Whose positions take next to no memory.
+# Sizes of a Step-3.5-Flash layer, but for the number of experts; positions take next
+# to no memory.
 WIDTHS = Widths(
-    layers=5,
-    vocab=4096,
-    dense_width=1280,
-    experts=28,
-    sliding_heads=64,
-    context=1024,
+    5, vocab=4096, dense_width=1280, experts=28, sliding_heads=64, context=1024
 )
 # As many experts as Step-3.5-Flash has, of next to no size.
 SMALL = Widths(
@@ -65,6 +64,7 @@ SMALL = Widths(
     head_dim=16,
 )
 LAYOUTS = {"per_expert": False, "3key": True}
+Figures = dict[str, float]
 
 
 def write_exports() -> None:
@@ -76,74 +76,58 @@ def write_exports() -> None:
 
 
 def peak_mib() -> float:
-    [line] = [
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    ]
-    return int(line.split()[1]) / 1024
+    """Of this process alone: getrusage would count what started it."""
+    status = Path("/proc/self/status").read_text()
+    [kib] = re.findall(r"^VmHWM:\s+(\d+) kB", status, re.M)
+    return int(kib) / 1024
 
 
-def engine_config(folder: Path) -> Any:
-    from vllm.config import LoadConfig, ModelConfig, VllmConfig
+@contextmanager
+def loader(folder: Path) -> Iterator[tuple[Any, Any]]:
+    """The engine's loader of the export, and its settings."""
+    from vllm.config import (
+        LoadConfig,
+        ModelConfig,
+        VllmConfig,
+        set_current_vllm_config,
+    )
+    from vllm.model_executor.model_loader import get_model_loader
 
-    return VllmConfig(
+    vllm_config = VllmConfig(
         model_config=ModelConfig(
             model=str(folder), skip_tokenizer_init=True, dtype="bfloat16"
         ),
         load_config=LoadConfig(use_tqdm_on_load=False),
     )
+    with set_current_vllm_config(vllm_config):
+        yield get_model_loader(vllm_config.load_config), vllm_config
 
 
-def load_small(folder: Path) -> dict[str, float]:
+def load_small(folder: Path) -> Figures:
     """Load the small export in this process, again and again."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    from tests.process_groups import start_process_groups
-
-    vllm_config = engine_config(folder)
-    loader = get_model_loader(vllm_config.load_config)
     times = []
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        set_current_vllm_config(vllm_config),
-    ):
-        start_process_groups(Path(scratch) / "store")
+    with loader(folder) as (one, vllm_config):
         model = initialize_model(vllm_config)
         for _ in range(RUNS):
             started = time.perf_counter()
-            loader.load_weights(model, vllm_config.model_config)
+            one.load_weights(model, vllm_config.model_config)
             times.append(time.perf_counter() - started)
     # Weight and scale of three projections.
     tensors = (SMALL.layers - 1) * SMALL.experts * 3 * 2
     return {"us_a_tensor": statistics.median(times) / tensors * 1e6}
 
 
-def load(folder: Path) -> dict[str, float]:
+def load(folder: Path) -> Figures:
     """Load the export in this process, as the engine's worker does."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader import get_model_loader
-
-    from tests.process_groups import start_process_groups
-
-    # What the engine's worker has imported before it loads.
-    importlib.import_module("vllm.v1.worker.cpu_worker")
-    importlib.import_module("vllm.model_executor.models.step3p5")
-    importlib.import_module("torch._dynamo")
-
-    with tempfile.TemporaryDirectory() as scratch:
-        start_process_groups(Path(scratch) / "store")
-        baseline = peak_mib()
-        started, cpu_started = time.perf_counter(), time.process_time()
-        vllm_config = engine_config(folder)
-        with set_current_vllm_config(vllm_config):
-            loader = get_model_loader(vllm_config.load_config)
-            model = loader.load_model(vllm_config, vllm_config.model_config)
-        seconds = time.perf_counter() - started
-        cpu_seconds = time.process_time() - cpu_started
-        del model
+    baseline = peak_mib()
+    started, cpu_started = time.perf_counter(), time.process_time()
+    with loader(folder) as (one, vllm_config):
+        model = one.load_model(vllm_config, vllm_config.model_config)
+    seconds = time.perf_counter() - started
+    cpu_seconds = time.process_time() - cpu_started
+    del model
     return {
         "baseline_mib": baseline,
         "peak_mib": peak_mib(),
@@ -152,15 +136,26 @@ def load(folder: Path) -> dict[str, float]:
     }
 
 
-def load_with(
-    folder: Path, package: Path | None, what: str = "--load"
-) -> dict[str, float]:
-    """`load`, or `load_small`, in a process of its own, with the build in `package`."""
+def load_here(folder: Path) -> Figures:
+    """Load once all is imported and the process groups are there."""
+    from tests.process_groups import start_process_groups
+
+    # What the engine's worker has imported before it loads.
+    importlib.import_module("vllm.v1.worker.cpu_worker")
+    importlib.import_module("vllm.model_executor.models.step3p5")
+    importlib.import_module("torch._dynamo")
+    with tempfile.TemporaryDirectory() as scratch:
+        start_process_groups(Path(scratch) / "store")
+        return load_small(folder) if folder.name == "small" else load(folder)
+
+
+def load_with(folder: Path, package: Path | None) -> Figures:
+    """Load in a process of its own, with the build in `package`."""
     env = dict(os.environ, CUDA_VISIBLE_DEVICES="", VLLM_LOGGING_LEVEL="ERROR")
     if package:
         env["PYTHONPATH"] = str(package)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.benchmark_load_int8", what, folder],
+        [sys.executable, "-m", "benchmarks.benchmark_load_int8", "--load", folder],
         cwd=ROOT,
         env=env,
         capture_output=True,
@@ -181,38 +176,33 @@ def patch_of_checks() -> str:
     return patch.name.partition("-")[0]
 
 
-def load_in_turns(
-    folder: Path, builds: dict[str, Path | None], what: str = "--load"
-) -> dict[str, list[dict[str, float]]]:
-    """What `load_with` says of each build."""
-    runs: dict[str, list[dict[str, float]]] = {build: [] for build in builds}
+def medians(folder: Path, builds: dict[str, Path | None]) -> dict[str, Figures]:
+    """Of each build, of loads in turns, after one that fills the page cache."""
+    load_with(folder, None)
+    runs: dict[str, list[Figures]] = {build: [] for build in builds}
     for number in range(RUNS):
         # Who comes second meets what the first one left.
         for build in list(builds)[:: -1 if number % 2 else 1]:
-            runs[build].append(load_with(folder, builds[build], what))
-    return runs
+            runs[build].append(load_with(folder, builds[build]))
+    return {
+        build: {
+            name: round(statistics.median(run[name] for run in found), 2)
+            for name in found[0]
+        }
+        for build, found in runs.items()
+    }
 
 
-def medians(folder: Path, builds: dict[str, Path | None]) -> list[dict[str, Any]]:
-    """A row a build of loads in turns, after one that fills the page cache."""
-    load_with(folder, None)
-    runs = load_in_turns(folder, builds)
+def rows_of(folder: Path, builds: dict[str, Path | None]) -> list[dict[str, Any]]:
+    """A row a build."""
     sizes = [file.stat().st_size / 2**20 for file in folder.glob("*.safetensors")]
     head = {
         "layout": folder.name,
         "checkpoint_mib": math.ceil(sum(sizes)),
         "shard_mib": math.ceil(max(sizes)),
     }
-    return [
-        head
-        | {"build": build}
-        | {
-            name: round(statistics.median(run[name] for run in found), 2)
-            for name in found[0]
-        }
-        | {"runs": len(found)}
-        for build, found in runs.items()
-    ]
+    found = medians(folder, builds)
+    return [head | {"build": b} | found[b] | {"runs": RUNS} for b in builds]
 
 
 def judge(rows: list[dict[str, Any]]) -> list[str]:
@@ -230,41 +220,36 @@ def judge(rows: list[dict[str, Any]]) -> list[str]:
     return problems
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=140).print(table)
+def show(result: dict[str, Any]) -> None:
+    table = Table(*result["rows"][0])
+    for row in result["rows"]:
+        cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
+        table.add_row(*cells)
+    head = (f"{name} {value}" for name, value in result.items() if name != "rows")
+    Console(width=140).print(*head, table, sep="\n", highlight=False)
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--load"]:
-        print(json.dumps(load(Path(sys.argv[2]))))
-        return
-    if sys.argv[1:2] == ["--load-small"]:
-        print(json.dumps(load_small(Path(sys.argv[2]))))
+        print(json.dumps(load_here(Path(sys.argv[2]))))
         return
     from examples.compare_builds import device_name
     from tools.mutants import install_without
 
     builds = {"fork": None, "without checks": install_without(patch_of_checks())}
     write_exports()
-    rows = []
-    for layout in LAYOUTS:
-        rows += medians(WORK / layout, builds)
-        show(rows)
     write_checkpoint(WORK / "small", SMALL)
-    small = load_in_turns(WORK / "small", builds, "--load-small")
-    us = {
-        build: round(statistics.median(run["us_a_tensor"] for run in runs), 1)
-        for build, runs in small.items()
+    rows = [row for layout in LAYOUTS for row in rows_of(WORK / layout, builds)]
+    small = medians(WORK / "small", builds)
+    result = {
+        "device": device_name(),
+        "date": datetime.date.today().isoformat(),
+        "rows": rows,
+        "us_a_tensor": {b: round(of["us_a_tensor"], 1) for b, of in small.items()},
     }
-    print("microseconds for each tensor of an expert:", us)
+    show(result)
     if sys.argv[1:]:
-        date = datetime.date.today().isoformat()
-        head = {"device": device_name(), "date": date}
-        text = json.dumps({**head, "rows": rows, "us_a_tensor": us}, indent=1)
-        Path(sys.argv[1]).write_text(text + "\n")
+        save(Path(sys.argv[1]), result)
     if problems := judge(rows):
         sys.exit("error: " + "; ".join(problems))
 

@@ -25,21 +25,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.benchmark_load_int8 import show, write_exports
+from benchmarks.serving.checkpoint import Widths, write_headers
+from benchmarks.serving.report import save
+from examples.compare_builds import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 QUARK_CHECK = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
 # Step-3.5-Flash's widths and depth, with as many experts as make 100,000 tensors.
 SHARDS = 50
-WIDE = f"Widths(layers=45, experts=378, expert_width=1024, stacked=False), {SHARDS}"
-# Another process writes them: torch here would count in the peak of what is started.
-WRITE_HEADERS = f"""
-from pathlib import Path
-from benchmarks.serving.checkpoint import Widths, write_headers
-write_headers(Path("FOLDER"), {WIDE})
-"""
-WRITE = "from benchmarks.benchmark_load_int8 import write_exports; write_exports()"
+WIDE = Widths(layers=45, experts=378, expert_width=1024, stacked=False)
 LAYOUTS = {"per_expert": "one expert a tensor", "3key": "3-key"}
 FIXED = ROOT / "build/rewritten-large"
 DEEP = {
@@ -51,10 +46,6 @@ DEEP = {
     "--fix, quark (links)": ["--fix", str(FIXED), "--fix-layout", "quark"],
 }
 Row = dict[str, Any]
-
-
-def call(code: str) -> None:
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
@@ -95,7 +86,7 @@ def run(folder: Path, arguments: Sequence[str]) -> tuple[float, float]:
 def measure_headers(repeat: int) -> tuple[str, Row]:
     """The name of the results, and they."""
     with tempfile.TemporaryDirectory() as folder:
-        call(WRITE_HEADERS.replace("FOLDER", folder))
+        write_headers(Path(folder), WIDE, SHARDS)
         sizes = sizes_of(Path(folder))
         rows = []
         for output, arguments in ("report", []), ("--json", ["--json"]):
@@ -115,7 +106,7 @@ def measure_headers(repeat: int) -> tuple[str, Row]:
 def measure_data(repeat: int) -> tuple[str, Row]:
     """The name of the results, and they."""
     rows = []
-    call(WRITE)
+    write_exports()
     for name, layout in LAYOUTS.items():
         folder = ROOT / "build/load" / name
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -134,22 +125,6 @@ def measure_data(repeat: int) -> tuple[str, Row]:
     return "quark-check-deep-cpu.json", {"runs": repeat, "rows": rows}
 
 
-def device_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(": ", 1)[1]
-    return platform.machine()
-
-
-def show(result: Row) -> None:
-    table = Table(*result["rows"][0])
-    for row in result["rows"]:
-        cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
-        table.add_row(*cells)
-    head = (f"{name} {value}" for name, value in result.items() if name != "rows")
-    Console(width=140).print(*head, table, sep="\n", highlight=False)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -165,8 +140,7 @@ def main() -> None:
         result = {"device": device_name(), "date": date.today().isoformat(), **result}
         show(result)
         if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / name).write_text(json.dumps(result, indent=1) + "\n")
+            save(args.out / name, result)
 
 
 if __name__ == "__main__":

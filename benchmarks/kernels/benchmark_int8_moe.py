@@ -162,39 +162,16 @@ def modular(layer: Layer, batch: Batch) -> Tensor:
 
 @lru_cache(maxsize=1)
 def modular_kernel(layer: Layer) -> Any:
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-    from vllm.model_executor.layers.fused_moe.config import (
-        FusedMoEConfig,
-        FusedMoEParallelConfig,
-        RoutingMethodType,
-    )
     from vllm.model_executor.layers.fused_moe.experts.quark_int8.experts import (
         Int8Experts,
     )
-    from vllm.model_executor.layers.fused_moe.oracle.int8 import make_int8_moe_kernel
-    from vllm.v1.worker.workspace import (
-        init_workspace_manager,
-        is_workspace_manager_initialized,
-    )
 
-    if not is_workspace_manager_initialized():
-        init_workspace_manager(torch.device(runner.device()))
-    shape = layer.shape
-    config = FusedMoEConfig(
-        num_experts=shape.num_experts,
-        experts_per_token=shape.top_k,
-        hidden_dim=shape.hidden,
-        intermediate_size_per_partition=shape.width,
-        num_local_experts=shape.num_experts,
-        num_logical_experts=shape.num_experts,
-        activation=MoEActivation.SILU,
-        device=runner.device(),
-        routing_method=RoutingMethodType.Unspecified,
-        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
-        in_dtype=torch.bfloat16,
-        disable_inplace=True,
-    )
-    return make_int8_moe_kernel(quant_config(layer), config, Int8Experts)
+    from tests.kernels.moe.utils import make_kernel, make_moe_config
+
+    experts, width, hidden, top_k = layer.shape[:4]
+    bf16 = torch.bfloat16
+    config = make_moe_config(experts, top_k, hidden, width, in_dtype=bf16)
+    return make_kernel(Int8Experts, config, quant_config(layer))
 
 
 def quant_config(layer: Layer) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.progress import track
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -69,7 +69,9 @@ class Spec:
 
 def make_config(widths: Widths) -> dict[str, Any]:
     """config.json: attention and routed experts INT8, all else bfloat16."""
-    quark = json.loads(FIXTURE.read_text())["quantization_config"]
+    config = json.loads(FIXTURE.read_text())
+    for token in ("bos_token_id", "eos_token_id"):
+        del config[token]
     layers = range(widths.layers)
     bf16 = ["lm_head"]
     for layer in layers:
@@ -77,48 +79,35 @@ def make_config(widths: Widths) -> dict[str, Any]:
         names = ["self_attn.g_proj", *(f"{mlp}.{p}" for p in PROJECTIONS)]
         names += ["moe.gate"] if layer else []
         bf16 += [f"model.layers.{layer}.{name}" for name in names]
+    config["quantization_config"]["exclude"] = sorted(bf16)
     full = [widths.is_full(layer) for layer in layers]
-    return {
-        "architectures": ["Step3p5ForCausalLM"],
-        "model_type": "step3p5",
-        "torch_dtype": "bfloat16",
+    attention = {"num_attention_groups": widths.kv_heads, "head_dim": widths.head_dim}
+    return config | {
         "vocab_size": widths.vocab,
-        "tie_word_embeddings": False,
         "hidden_size": widths.hidden,
         "num_hidden_layers": widths.layers,
-        "rms_norm_eps": 1e-05,
         "max_position_embeddings": widths.context,
         "max_seq_len": widths.context,
-        "att_impl_type": "GQA",
         "num_attention_heads": widths.heads,
-        "num_attention_groups": widths.kv_heads,
-        "head_dim": widths.head_dim,
+        **attention,
         "attention_other_setting": {
             "attention_type": "sliding_attention",
             "num_attention_heads": widths.sliding_heads,
-            "num_attention_groups": widths.kv_heads,
-            "head_dim": widths.head_dim,
+            **attention,
         },
         "layer_types": [f"{'full' if x else 'sliding'}_attention" for x in full],
         "sliding_window": widths.sliding_window,
-        "use_head_wise_attn_gate": True,
         "rope_theta": [5e6 if x else 1e4 for x in full],
         "partial_rotary_factors": [0.5 if x else 1.0 for x in full],
         "intermediate_size": widths.dense_width,
-        "use_moe": True,
         "moe_layers_enum": ",".join(map(str, layers[1:])),
         "moe_num_experts": widths.experts,
         "moe_top_k": widths.top_k,
         "moe_intermediate_size": widths.expert_width,
         "share_expert_dim": widths.expert_width,
-        "moe_router_activation": "sigmoid",
         "moe_router_scaling_factor": 3.0,
-        "norm_expert_weight": True,
-        "use_moe_router_bias": True,
-        "need_fp32_gate": True,
         "swiglu_limits": [0.0] * widths.layers,
         "swiglu_limits_shared": [0.0] * widths.layers,
-        "quantization_config": quark | {"exclude": sorted(bf16)},
     }
 
 
@@ -188,8 +177,11 @@ def fill(spec: Spec, generator: torch.Generator) -> Tensor:
     return tensor.normal_(0, spec.std, generator=generator).cpu()
 
 
-def plan(widths: Widths, shard_bytes: int) -> list[list[Spec]]:
-    """The tensors of each shard, in order; a larger tensor has one for itself."""
+Shards = dict[str, list[Spec]]
+
+
+def plan(widths: Widths, shard_bytes: int) -> Shards:
+    """The tensors of each file, in order; a larger tensor has one for itself."""
     shards: list[list[Spec]] = [[]]
     size = 0
     for spec in specs(widths):
@@ -198,7 +190,10 @@ def plan(widths: Widths, shard_bytes: int) -> list[list[Spec]]:
             size = 0
         shards[-1].append(spec)
         size += spec.nbytes
-    return shards
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": shard
+        for number, shard in enumerate(shards, 1)
+    }
 
 
 def weights_bytes(widths: Widths) -> int:
@@ -210,19 +205,17 @@ def write_checkpoint(
 ) -> None:
     """Write the export with a tokenizer, unless the folder holds the very same.
 
-    One shard is in memory at a time. What is unfinished is in a folder named `.part`,
-    which is renamed when it is whole and removed when it cannot be.
+    One shard is in memory at a time. config.json comes last, so that what is unfinished
+    is written anew.
 
     Raises:
         BenchmarkError: the disk has too little space; nothing is written then.
     """
-    config = json.dumps(make_config(widths), indent=1) + "\n"
+    config = make_config(widths)
     config_file = folder / "config.json"
-    if config_file.exists() and config_file.read_text() == config:
+    if config_file.exists() and json.loads(config_file.read_text()) == config:
         return
-    part = folder.with_name(f"{folder.name}.part")
-    for left in (folder, part):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     total = weights_bytes(widths)
     free = shutil.disk_usage(folder.parent).free
@@ -232,64 +225,45 @@ def write_checkpoint(
             f"found {free / 2**30:.1f} GiB: choose another place with --work, or "
             "fewer --layers"
         )
-    part.mkdir()
-    try:
-        _write(part, config, plan(widths, shard_bytes), widths.vocab)
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def _write(folder: Path, config: str, shards: list[list[Spec]], vocab: int) -> None:
+    folder.mkdir()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(SEED)
-    total = sum(spec.nbytes for shard in shards for spec in shard)
-    places: dict[str, str] = {}
-    with Progress() as progress:
-        task = progress.add_task("Writing the checkpoint", total=total)
-        for number, shard in enumerate(shards, 1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            tensors = {}
-            for spec in shard:
-                tensors[spec.name] = fill(spec, generator)
-                places[spec.name] = file
-                progress.advance(task, spec.nbytes / 2)
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            progress.advance(task, sum(spec.nbytes for spec in shard) / 2)
+    shards = plan(widths, shard_bytes)
+    for file, shard in track(shards.items(), "Writing the checkpoint"):
+        tensors = {spec.name: fill(spec, generator) for spec in shard}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
     if device == "cuda":
         torch.cuda.empty_cache()  # the engines need the memory
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    write_tokenizer(folder, vocab)
-    (folder / "config.json").write_text(config)
+    write_tokenizer(folder, widths.vocab)
+    write_index(folder, widths, shards)
 
 
 def write_headers(folder: Path, widths: Widths, num_shards: int) -> None:
     """The export with true headers, whose data is a hole in sparse files."""
-    every = list(specs(widths))
-    share = -(-len(every) // num_shards)
-    places: dict[str, str] = {}
-    for number in range(num_shards):
-        file = f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
+    shards = plan(widths, -(-weights_bytes(widths) // num_shards))
+    for file, shard in shards.items():
         header: dict[str, Any] = {}
         end = 0
-        for spec in every[number * share : (number + 1) * share]:
+        for spec in shard:
             offsets = [end, end := end + spec.nbytes]
             dtype = {1: "I8", 2: "BF16", 4: "F32"}[spec.dtype.itemsize]
-            header[spec.name] = {
-                "dtype": dtype,
-                "shape": spec.shape,
-                "data_offsets": offsets,
-            }
-            places[spec.name] = file
+            about = {"dtype": dtype, "shape": spec.shape, "data_offsets": offsets}
+            header[spec.name] = about
         text = json.dumps(header).encode()
         with (folder / file).open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             stream.truncate(8 + len(text) + end)
-    index = {"metadata": {"total_size": weights_bytes(widths)}, "weight_map": places}
+    write_index(folder, widths, shards)
+
+
+def write_index(folder: Path, widths: Widths, shards: Shards) -> None:
+    """The index, then config.json."""
+    places = {spec.name: file for file, shard in shards.items() for spec in shard}
+    size = {"total_size": weights_bytes(widths)}
+    index = {"metadata": size, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(make_config(widths)))
+    config = json.dumps(make_config(widths), indent=1) + "\n"
+    (folder / "config.json").write_text(config)
 
 
 def write_tokenizer(folder: Path, vocab: int) -> None:

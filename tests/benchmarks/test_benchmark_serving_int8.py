@@ -129,13 +129,13 @@ def test_too_little_disk_is_told_before_writing(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=5 << 30)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(checkpoint, "_write", lambda *_: pytest.fail("it writes"))
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: pytest.fail("it writes"))
     with pytest.raises(BenchmarkError, match=r"needs 2\d\.\d GiB.* found 5\.0 GiB"):
         write_checkpoint(tmp_path / "checkpoint", Widths())
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupted_writing_leaves_nothing(
+def test_interrupted_writing_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file = checkpoint.save_file
@@ -148,12 +148,13 @@ def test_interrupted_writing_leaves_nothing(
     monkeypatch.setattr(checkpoint, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path / "checkpoint", WIDTHS, SHARD_BYTES)
-    assert not list(tmp_path.iterdir())
-    # What a kill leaves does not stand in the way of the next.
-    (tmp_path / "checkpoint.part").mkdir()
     monkeypatch.undo()
     write_checkpoint(tmp_path / "checkpoint", WIDTHS, SHARD_BYTES)
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
+    index = json.loads(
+        (tmp_path / "checkpoint/model.safetensors.index.json").read_text()
+    )
+    written = {name: file for file, name, _ in tensors(tmp_path / "checkpoint")}
+    assert written == index["weight_map"]
 
 
 def test_tokens_stay_as_many_through_text(folder: Path, rng: torch.Generator) -> None:

@@ -65,10 +65,7 @@ def run_experts_class(
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
     """What the modular kernel with these experts makes of x [M, K]."""
-    if not is_workspace_manager_initialized():
-        init_workspace_manager(torch.device(DEVICE))
-    kernel = make_int8_moe_kernel(quant_config, moe_config, experts_cls)
-    return kernel.apply(
+    return make_kernel(experts_cls, moe_config, quant_config).apply(
         x,
         w13,
         w2,
@@ -79,3 +76,13 @@ def run_experts_class(
         expert_map=expert_map,
         apply_router_weight_on_input=apply_router_weight_on_input,
     )
+
+
+def make_kernel(
+    experts_cls: type[mk.FusedMoEExperts],
+    moe_config: FusedMoEConfig,
+    quant_config: FusedMoEQuantConfig,
+) -> mk.FusedMoEKernel:
+    if not is_workspace_manager_initialized():
+        init_workspace_manager(torch.device(DEVICE))
+    return make_int8_moe_kernel(quant_config, moe_config, experts_cls)
