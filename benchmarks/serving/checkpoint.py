@@ -4,9 +4,10 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from benchmarks.serving.errors import BenchmarkError
+from tests.models.step3p5_reference import Step3p5
 
 ROOT = Path(__file__).resolve().parents[2]
 # The scheme is what amd-quark wrote for the test exports.
@@ -111,55 +113,35 @@ def make_config(widths: Widths) -> dict[str, Any]:
     }
 
 
-def specs(widths: Widths) -> Iterator[Spec]:
-    """All tensors; the experts of a layer are stacked, as Step-3.5-Flash has them,
-    unless they are not to be."""
-    bf16 = torch.bfloat16
-    hidden, head = widths.hidden, widths.head_dim
-
-    def linear(name: str, *shape: int, int8: bool) -> Iterator[Spec]:
-        std = shape[-1] ** -0.5  # which keeps activations in range
-        yield Spec(f"{name}.weight", shape, torch.int8 if int8 else bf16, std)
-        if int8:
-            yield Spec(f"{name}.weight_scale", shape[:-1], torch.float32, std)
-
-    def mlp(name: str, width: int, *experts: int, int8: bool) -> Iterator[Spec]:
-        for projection in PROJECTIONS:
-            shape = (hidden, width) if projection == "down_proj" else (width, hidden)
-            yield from linear(f"{name}.{projection}", *experts, *shape, int8=int8)
-
-    def norm(name: str, size: int) -> Spec:
-        return Spec(f"{name}.weight", (size,), bf16, 0.02)
-
-    yield Spec("model.embed_tokens.weight", (widths.vocab, hidden), bf16, 0.02)
-    for index in range(widths.layers):
-        layer = f"model.layers.{index}"
-        attention = f"{layer}.self_attn"
-        heads = widths.heads if widths.is_full(index) else widths.sliding_heads
-        query, key = heads * head, widths.kv_heads * head
-        for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-            yield from linear(f"{attention}.{name}", rows, hidden, int8=True)
-        yield from linear(f"{attention}.o_proj", hidden, query, int8=True)
-        yield from linear(f"{attention}.g_proj", heads, hidden, int8=False)
-        for name in ("q_norm", "k_norm"):
-            yield norm(f"{attention}.{name}", head)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield norm(f"{layer}.{name}", hidden)
-        if index == 0:
-            yield from mlp(f"{layer}.mlp", widths.dense_width, int8=False)
-            continue
-        width = widths.expert_width
-        yield from mlp(f"{layer}.share_expert", width, int8=False)
-        yield from linear(f"{layer}.moe.gate", widths.experts, hidden, int8=False)
-        bias = f"{layer}.moe.router_bias"
-        yield Spec(bias, (widths.experts,), torch.float32, 0.01)
-        if widths.stacked:
-            yield from mlp(f"{layer}.moe", width, widths.experts, int8=True)
+@cache
+def specs(widths: Widths) -> list[Spec]:
+    """All tensors, those that the tests' reference has; the experts of a layer are
+    stacked, as Step-3.5-Flash has them, unless they are not to be."""
+    found = []
+    config = make_config(widths)
+    bf16 = config["quantization_config"]["exclude"]
+    with torch.device("meta"):
+        model = Step3p5(SimpleNamespace(**config))
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        layer, of_experts, rest = name.partition(".moe.experts.")
+        if of_experts and widths.stacked:
+            expert, _, rest = rest.partition(".")
+            if expert != "0":
+                continue
+            name, shape = f"{layer}.moe.{rest}", (widths.experts, *shape)
+        if name.endswith(".router_bias"):
+            found.append(Spec(name, shape, torch.float32, 0.01))
+        elif len(shape) == 1 or name == "model.embed_tokens.weight":
+            found.append(Spec(name, shape, torch.bfloat16, 0.02))
         else:
-            for expert in range(widths.experts):
-                yield from mlp(f"{layer}.moe.experts.{expert}", width, int8=True)
-    yield norm("model.norm", hidden)
-    yield from linear("lm_head", widths.vocab, hidden, int8=False)
+            std = shape[-1] ** -0.5  # which keeps activations in range
+            is_int8 = name.removesuffix(".weight") not in bf16
+            dtype = torch.int8 if is_int8 else torch.bfloat16
+            found.append(Spec(name, shape, dtype, std))
+            if is_int8:
+                found.append(Spec(f"{name}_scale", shape[:-1], torch.float32, std))
+    return found
 
 
 def fill(spec: Spec, generator: torch.Generator) -> Tensor:
