@@ -15,20 +15,16 @@ from vllm.model_executor.layers.fused_moe.cpu_moe_utils import activate, sort_pa
 from vllm.model_executor.layers.fused_moe.experts.quark_int8_base import (
     Int8ExpertsBase,
 )
-from vllm.model_executor.layers.fused_moe.oracle.quark_int8 import SCHEMES
 from vllm.model_executor.layers.quantization.utils.cpu_int8_utils import (
     int8_mm,
     per_token_quant_int8,
     static_per_tensor_quant_int8,
 )
-from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
 from vllm.platforms import current_platform
 from vllm.v1.worker.workspace import (
     init_workspace_manager,
     is_workspace_manager_initialized,
 )
-
-ACTIVATIONS = (MoEActivation.SILU, MoEActivation.SWIGLUSTEP)
 
 
 class Int8CpuExperts(Int8ExpertsBase):
@@ -45,20 +41,6 @@ class Int8CpuExperts(Int8ExpertsBase):
     @staticmethod
     def _supports_current_device() -> bool:
         return current_platform.is_cpu()
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return False
-
-    @staticmethod
-    def _supports_quant_scheme(
-        weight_key: QuantKey | None, activation_key: QuantKey | None
-    ) -> bool:
-        return (weight_key, activation_key) in SCHEMES
-
-    @staticmethod
-    def _supports_activation(activation: MoEActivation) -> bool:
-        return activation in ACTIVATIONS
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
@@ -124,7 +106,7 @@ def cpu_int8_experts(
         topk_weights: [M, topk] float32.
         topk_ids: [M, topk], integer: experts of the model if there is an `expert_map`,
             else of this rank. An id that is no expert adds nothing.
-        activation: one of `ACTIVATIONS`.
+        activation: silu or swiglustep.
         apply_router_weight: weight the experts' outputs.
         expert_map: id in the model to id on this rank, -1 where it is absent.
         quant_config: `w1_scale` and `w2_scale` per channel, [E, 2N, 1] and [E, K, 1],

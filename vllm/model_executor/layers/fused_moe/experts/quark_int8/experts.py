@@ -23,7 +23,6 @@ from vllm.model_executor.layers.fused_moe.experts.quark_int8.tensors import (
 from vllm.model_executor.layers.fused_moe.experts.quark_int8_base import (
     Int8ExpertsBase,
 )
-from vllm.model_executor.layers.fused_moe.oracle.quark_int8 import SCHEMES
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
 from vllm.platforms import current_platform
 
@@ -58,20 +57,6 @@ class Int8Experts(Int8ExpertsBase):
         return current_platform.is_rocm() or (
             current_platform.is_cuda() and current_platform.has_device_capability(80)
         )
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return False
-
-    @staticmethod
-    def _supports_quant_scheme(
-        weight_key: QuantKey | None, activation_key: QuantKey | None
-    ) -> bool:
-        return (weight_key, activation_key) in SCHEMES
-
-    @staticmethod
-    def _supports_activation(activation: MoEActivation) -> bool:
-        return activation in (MoEActivation.SILU, MoEActivation.SWIGLUSTEP)
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
