@@ -12,6 +12,7 @@ operations. A value that these move across a rounding boundary moves one int8 st
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -171,6 +172,11 @@ def run(layer: Layer, config: Config | FewConfig | None = None) -> Tensor:
     return out
 
 
+@cache
+def interpreted_kernels() -> dict[str, Any]:
+    return interpret(hopper_kernels)
+
+
 @pytest.fixture(autouse=True)
 def _interpret_gluon(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -179,7 +185,7 @@ def _interpret_gluon(
     if GPU:
         return
     monkeypatch.setattr(many_tokens, "num_sms", lambda _: 3)
-    for name, kernel in interpret(hopper_kernels).items():
+    for name, kernel in interpreted_kernels().items():
         monkeypatch.setattr(hopper_kernels, name, kernel)
 
 
