@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.fused_moe.quark_int8_compat import num_logical_experts
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 # What a layer is to a quantization config, by its bases' names: their modules move
@@ -99,7 +100,7 @@ def modules_of(model: nn.Module, asked: Mapping[int, Any]) -> dict[str, Any]:
             "kind": kind_of(module),
             "class": type(module).__name__,
             "parameters": parameters,
-            "experts": getattr(module, "logical_num_experts", None)
+            "experts": num_logical_experts(module)
             or getattr(module, "global_num_experts", None),
             "method": "" if method is None else type(method).__name__,
             "scheme": "" if scheme is None else type(scheme).__name__,

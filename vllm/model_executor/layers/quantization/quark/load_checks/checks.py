@@ -11,7 +11,9 @@ from torch import nn
 from vllm import envs
 from vllm.config import ModelConfig, get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import FusedMoE
+from vllm.model_executor.layers.fused_moe.quark_int8_compat import (
+    ExpertsLayer,
+)
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.quark.load_checks.model import (
     count_problem,
@@ -103,7 +105,7 @@ class Checks:
         is known. Raises CheckpointError for what would be read wrong."""
         if self.export is None:
             return None
-        if isinstance(layer, FusedMoE):
+        if isinstance(layer, ExpertsLayer):
             is_new = self.export.asked(prefix) is None
             found = self.export.experts(prefix)
             if is_new and found is not None:

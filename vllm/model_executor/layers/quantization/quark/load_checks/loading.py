@@ -13,7 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from vllm.config import ModelConfig
-from vllm.model_executor.layers.fused_moe import FusedMoE
+from vllm.model_executor.layers.fused_moe.quark_int8_compat import (
+    ExpertsLayer,
+)
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.quark.load_checks.checks import (
     Checks,
@@ -238,7 +240,7 @@ class CheckedModel:
                 continue
             module = self._modules[name.rpartition(".")[0]]
             whole = isinstance(module, LinearBase) or (
-                isinstance(module, FusedMoE) and holds_int8(module)
+                isinstance(module, ExpertsLayer) and holds_int8(module)
             )
             if not whole and (filled or name in loaded):
                 continue
@@ -267,7 +269,7 @@ class CheckedModel:
             if name in self._tensors and self._tensors[name].dtype == "I8"
         }
         shares_experts = any(
-            isinstance(module, FusedMoE)
+            isinstance(module, ExpertsLayer)
             and module.local_num_experts < module.global_num_experts
             for module in self._modules.values()
         )

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from vllm.model_executor.layers.fused_moe import FusedMoE
+from vllm.model_executor.layers.fused_moe.quark_int8_compat import (
+    ExpertsLayer,
+    num_logical_experts,
+)
 from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import (
     TensorInfo,
 )
@@ -59,7 +62,7 @@ def check_shapes(model: nn.Module, checks: "Checks") -> None:
     """Compare the shapes of weights with those of the layers that take them: a loader
     cuts its share out of a larger tensor without a word."""
     for prefix, module, layer in layers(model, checks):
-        if isinstance(module, FusedMoE):
+        if isinstance(module, ExpertsLayer):
             expected = [_expert_shapes(module, layer)] * len(layer.weights)
         else:
             expected = _linear_shapes(module, len(layer.weights))
@@ -118,10 +121,10 @@ def _expert_shapes(module: Any, layer: Layer) -> set[Any]:
     return shapes if is_whole else shapes | {(2 * width, hidden)}
 
 
-def count_problem(prefix: str, module: FusedMoE, layer: Layer) -> Problem | None:
+def count_problem(prefix: str, module: ExpertsLayer, layer: Layer) -> Problem | None:
     """Whether an expert of the model is missing: found before memory is taken for as
     many as config.json claims."""
-    count = getattr(module, "logical_num_experts", None)
+    count = num_logical_experts(module)
     if count is None:
         return None
     held: set[int] = set()
@@ -151,7 +154,7 @@ def check_values(model: nn.Module, checks: "Checks") -> None:
     for _, module, layer in layers(model, checks):
         if layer.config is None:
             continue
-        is_experts = isinstance(module, FusedMoE)
+        is_experts = isinstance(module, ExpertsLayer)
         for stored in layer.weights:
             for suffix, tensor in stored.companions.items():
                 if suffix in SCALES or must_be_zero(suffix, is_experts, layer.config):
