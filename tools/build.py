@@ -80,7 +80,7 @@ def plan(without: Collection[str] = (), only: Collection[str] = ()) -> Plan:
     """
     wheel = base_wheel()
     every = read_series(wheel.release.series)
-    check_named(every)
+    check_named()
     if unknown := {*without, *only} - {patch.number for patch in every}:
         raise ForkError(f"no patch is numbered {', '.join(sorted(unknown))}.")
     if only:

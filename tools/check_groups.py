@@ -37,7 +37,7 @@ def check_group(group: str) -> tuple[Path, dict[str, object]]:
     """The export that a build of `fix` and a group loaded, and what it said. Raises
     ForkError."""
     os.environ["VLLM_TARGET_DEVICE"] = CPU
-    os.environ[VARIABLE] = f"{FIX} {group}"
+    os.environ[VARIABLE] = group
     folder = install(build_wheel(MUTANTS / "dist"), *dict.fromkeys([FIX, group]))
     export = EXPERTS if group == CPU else make_dense()
     env = os.environ | {

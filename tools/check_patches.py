@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prove the patches on every release that they are for.
 
-The whole series, patch by patch; then the group `fix` with each other group and what
-that depends on. With `git am` and with `git apply`, as the builder does: both give the
-same files, which are Python, import nothing that is not there, and have each patch's
-change in the place where the whole series has it. CI=1: the default release alone.
+The whole series, patch by patch; then each group with what it depends on, and with the
+group `fix` where the release does not hold that itself. With `git am` and with `git
+apply`, as the builder does: both give the same files, which are Python, import nothing
+that is not there, and have each patch's change in the place where the whole series has
+it. CI=1: of each series the release that it is written for, and one wheel of it.
 """
 
 import os
@@ -20,7 +21,7 @@ from rich.console import Console
 from tools.download import fetch
 from tools.errors import ForkError
 from tools.fix import PROBES, edits_held
-from tools.groups import FIX
+from tools.groups import FIX, with_fix
 from tools.mails import check_imports
 from tools.places import Places, places
 from tools.repack import check_named, overlay_of
@@ -31,33 +32,36 @@ from tools.series import (
     git,
     groups_of,
     read_series,
+    series_release,
 )
 from tools.table import TABLE, table
-from tools.tree import am, default_base, make_pristine
-from tools.upstream import Release, fixed_release, listed_wheel, release, releases
+from tools.tree import am, make_pristine
+from tools.upstream import (
+    Release,
+    listed_wheel,
+    release,
+    releases,
+    series_folders,
+)
 
 
-def check(chosen: list[Release], fixed: Release | None, console: Console) -> None:
-    """Check the patches on each base, and look for the fix before and after. Raises
-    ForkError."""
+def check(chosen: list[Release], console: Console, brief: bool = False) -> None:
+    """Check the patches on each base, one of each release if `brief`, and look for the
+    fix before and after. Raises ForkError."""
+    check_named()
     if TABLE.read_text() != table():
         raise ForkError(f"{TABLE} is not what the patches say; `make patches-table`.")
     for candidate in chosen:
-        for target in candidate.wheels:
+        for target in sorted(candidate.wheels)[: 1 if brief else None]:
             base = fetch(listed_wheel(candidate, target))
             with tempfile.TemporaryDirectory() as scratch:
                 remarks, groups = check_base(base, candidate, Path(scratch))
             moved = f"{len(remarks)} hunks moved" if remarks else "no fuzz, no offset"
             console.print(
-                f"vLLM {candidate.version} {target}: applies, {moved}; alone on {FIX}: "
-                f"{', '.join(groups)}",
+                f"vLLM {candidate.version} {target}: applies, {moved}; each alone: "
+                f"{', '.join(groups) or 'no other group'}",
                 soft_wrap=True,
             )
-    if fixed:
-        with ZipFile(default_base(fixed)) as base_wheel:
-            if (held := edits_held(base_wheel.read)) != list(PROBES):
-                raise ForkError(f"vLLM {fixed.version} holds only the edits {held}.")
-        console.print(f"vLLM {fixed.version}: already holds {', '.join(held)}")
 
 
 def check_base(
@@ -66,12 +70,15 @@ def check_base(
     """Check the series and its groups on one base, in the empty folder `scratch`.
     Returns git's remarks on hunks that moved, and the groups. Raises ForkError."""
     patches = read_series(release.series)
-    check_named(patches)
     tree, copy = scratch / "tree", scratch / "copy"
     make_pristine(base_path, tree)
     git("clone", "--quiet", tree, copy, cwd=scratch)
-    if held := edits_held(lambda name: (tree / name).read_text()):
-        raise ForkError(f"{base_path.name} already holds {held} before patching.")
+    held = edits_held(lambda name: (tree / name).read_text())
+    if held != (expected := [] if FIX in groups_of(patches) else list(PROBES)):
+        raise ForkError(
+            f"{base_path.name} holds the edits {held} before patching; expected "
+            f"{expected}: a series has the group {FIX} where its releases lack it."
+        )
     with ZipFile(base_path) as base:
         files = set(base.namelist())
     remarks, whole = _apply(patches, tree, copy, files)
@@ -80,15 +87,15 @@ def check_base(
     groups = [group for group in groups_of(patches) if group != FIX]
     for group in groups:
         _reset(tree, copy)
-        pair = choose(patches, [FIX, group])
+        pair = choose(patches, with_fix(patches, [group]))
         try:
             _, alone = _apply(pair, tree, copy, files)
         except ForkError as error:
             raise ForkError(
-                f"{base_path.name}: the group {group} is not whole with {FIX} alone, "
+                f"{base_path.name}: the group {group} is not whole by itself, "
                 f"patches {', '.join(patch.number for patch in pair)}: {error}"
             ) from None
-        check_places(whole, alone, f"{FIX} and {group}")
+        check_places(whole, alone, " and ".join(groups_of(pair)))
     return remarks, groups
 
 
@@ -141,9 +148,10 @@ def main() -> None:
     console = Console()
     try:
         if os.environ.get("CI"):
-            check([release(os.environ.get("VLLM_BASE_VERSION"))], None, console)
+            written_for = [release(series_release(f)) for f in series_folders()]
+            check(written_for, console, brief=True)
         else:
-            check(list(releases().values()), fixed_release(), console)
+            check(list(releases().values()), console)
     except ForkError as error:
         sys.exit(f"error: {error}")
 

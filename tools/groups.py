@@ -32,6 +32,14 @@ def asked_for() -> list[str] | None:
     return re.findall(r"[^\s,]+", os.environ.get(VARIABLE, "")) or None
 
 
+def with_fix(patches: Sequence[Patch], groups: Iterable[str]) -> list[str]:
+    """Groups, and `fix`, on which they stand, where the series has it: not for a
+    release that holds it."""
+    every = groups_of(patches)
+    names = [group for group in groups if group != FIX or FIX in every]
+    return list(dict.fromkeys([*(g for g in every if g == FIX), *names]))
+
+
 def choice(
     patches: Sequence[Patch], target: str, wanted: Iterable[str] | None = None
 ) -> Choice:
@@ -45,7 +53,12 @@ def choice(
         if wanted is None:
             note = f"group {CPU}: left out, it does nothing on {target}"
             print(note, file=sys.stderr)
-    names = {*default} if wanted is None else {FIX, *wanted} & {*every, *wanted}
+    names = {*default} if wanted is None else {*with_fix(patches, wanted)}
+    if not names and every:
+        raise ForkError(
+            f"this release holds the group {FIX} itself: use it as it is, or name some "
+            f"of {', '.join(every)} in {VARIABLE}."
+        )
     if target != CPU and CPU in names:
         raise ForkError(
             f"the group {CPU} does nothing on {target}, and vLLM takes a build whose "

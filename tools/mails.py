@@ -17,7 +17,7 @@ from zipfile import ZipFile
 from rich.console import Console
 
 from tools.errors import ForkError
-from tools.groups import FIX
+from tools.groups import with_fix
 from tools.imports import missing_imports
 from tools.repack import check_named, overlay_of, patched_files
 from tools.series import Patch, choose, git, read_series, touched_files
@@ -34,9 +34,9 @@ def make_mails(
     base gives the files that a build has, and what they import is there. Raises
     ForkError."""
     patches = read_series(release.series)
-    check_named(patches)
+    check_named()
     if groups:
-        patches = choose(patches, [FIX, *groups])
+        patches = choose(patches, with_fix(patches, groups))
     base = default_base(release)
     with tempfile.TemporaryDirectory() as scratch:
         tree, again = Path(scratch) / "tree", Path(scratch) / "again"

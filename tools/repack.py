@@ -16,8 +16,8 @@ from rich.progress import track
 from wheel.wheelfile import WheelFile
 
 from tools.errors import ForkError
-from tools.series import Patch, apply_patch, touched_files
-from tools.upstream import BASE_NAMES, overlay_files
+from tools.series import Patch, apply_patch, read_series, touched_files
+from tools.upstream import BASE_NAMES, overlay_files, series_folders
 
 VERSION_FILE = "vllm/_version.py"
 
@@ -40,8 +40,10 @@ def overlay_of(patches: Sequence[Patch]) -> dict[str, Path]:
     return found
 
 
-def check_named(patches: Sequence[Patch]) -> None:
-    """See that every file of the overlay goes along with a patch. Raises ForkError."""
+def check_named() -> None:
+    """See that every file of the overlay goes along with a patch of some series. Raises
+    ForkError."""
+    patches = [patch for folder in series_folders() for patch in read_series(folder)]
     if orphans := sorted(overlay_files().keys() - overlay_of(patches).keys()):
         raise ForkError(
             f"no patch names {', '.join(orphans)}: add `Overlay: <file>` to the "

@@ -4,7 +4,7 @@
 import re
 
 from tools.series import Patch, group_lines, groups_of, read_series
-from tools.upstream import ROOT, releases
+from tools.upstream import ROOT, releases, series_folders
 
 TABLE = ROOT / "patches/README.md"
 HEAD = """\
@@ -12,8 +12,9 @@ HEAD = """\
 <!-- Written by `make patches-table` from the patches; do not edit. -->
 # The patches
 
-A number is a patch's name for good, not its place. Each group applies on `fix` alone,
-with the patches that it depends on. docs/new-release.md has the rules.
+A number is a patch's name for good, not its place: it is the same in every series. Each
+group applies on `fix` alone, where the release does not hold that itself, with the
+patches that it depends on. docs/new-release.md has the rules.
 """
 COLUMNS = ("patch", "what", "why", "needs", "offered upstream", "goes when")
 
@@ -21,7 +22,7 @@ COLUMNS = ("patch", "what", "why", "needs", "offered upstream", "goes when")
 def table() -> str:
     """The whole file: a table for each group of each series."""
     parts = [HEAD]
-    for folder in sorted({release.series for release in releases().values()}):
+    for folder in series_folders():
         patches = read_series(folder)
         told = group_lines(folder)
         versions = [v for v, r in releases().items() if r.series == folder]

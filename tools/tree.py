@@ -30,7 +30,7 @@ from tools.series import (
     series_release,
 )
 from tools.table import TABLE, table
-from tools.upstream import ROOT, Release, listed_wheel, release
+from tools.upstream import ROOT, Release, listed_wheel, release, series_folders
 
 TREE = ROOT / "build/tree"
 # In a tree's repository: the release that it is made of, and what it was made.
@@ -48,7 +48,8 @@ AUTHOR = {key.replace("COMMITTER", "AUTHOR"): v for key, v in COMMITTER.items()}
 
 def default_base(release: Release) -> Path:
     """The smallest listed base: all targets hold the same files where we patch."""
-    return fetch(listed_wheel(release, "cpu"))
+    target = "cpu" if "cpu" in release.wheels else "cuda"
+    return fetch(listed_wheel(release, target))
 
 
 def make_pristine(base_path: Path, folder: Path) -> None:
@@ -206,7 +207,8 @@ def write_patches(tree: Path, release: Release) -> None:
             f"{tree} has changes that no commit holds:\n{changes}Commit them first "
             "(`git commit --fixup` and `git rebase -i --autosquash base` mend one)."
         )
-    number_commits(tree, {p.number for p in read_series(release.series)})
+    every = [patch for folder in series_folders() for patch in read_series(folder)]
+    number_commits(tree, {patch.number for patch in every})
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder) / "new"
         export(tree, new, (release.series / "series").read_text())

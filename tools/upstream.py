@@ -67,10 +67,14 @@ def releases() -> dict[str, Release]:
     return {v: _release(v, table) for v, table in _toml()["release"].items()}
 
 
-def fixed_release() -> Release:
-    """The first release that holds the fix, to look into rather than to build on."""
-    [(version, table)] = _toml()["fixed"].items()
-    return _release(version, table)
+def series_folders() -> list[Path]:
+    """Every series, in the order of the releases that it is for."""
+    return list(dict.fromkeys(release.series for release in releases().values()))
+
+
+def holds_fix(version: str) -> bool:
+    """Whether upstream's release of that version holds what the group `fix` does."""
+    return Version(version) >= Version(fork_table()["fixed_in"])
 
 
 def release(version: str | None = None) -> Release:
@@ -79,14 +83,9 @@ def release(version: str | None = None) -> Release:
     known = releases()
     if version in known:
         return known[version]
-    fixed_in = fixed_release().version
-    if Version(version) >= Version(fixed_in):
-        raise ForkError(
-            f"vLLM {version} already holds the fix (upstream has it since {fixed_in}): "
-            f"use it as it is. This fork builds on {', '.join(known)}."
-        )
+    fix = " It holds the group `fix` itself." if holds_fix(version) else ""
     raise ForkError(
-        f"vLLM {version} is not a release this fork builds on. Expected one of "
+        f"vLLM {version} is not a release this fork builds on.{fix} Expected one of "
         f"{', '.join(known)}; see docs/new-release.md for how to add one."
     )
 
@@ -99,6 +98,12 @@ def listed_wheel(release: Release, target: str) -> BaseWheel:
             "yours: set VLLM_PRECOMPILED_WHEEL_LOCATION to the path or URL of a "
             f"vllm-{release.version}+rocm*.whl. requirements-rocm.txt says where such "
             "wheels come from."
+        )
+    if target not in release.wheels:
+        raise ForkError(
+            f"UPSTREAM.toml lists no {target} wheel of vLLM {release.version}, but "
+            f"{' and '.join(release.wheels)}. Set VLLM_TARGET_DEVICE to one of these, "
+            "or VLLM_PRECOMPILED_WHEEL_LOCATION to a wheel of your own."
         )
     machine = platform.machine()
     for filename, sha256 in release.wheels[target].items():
