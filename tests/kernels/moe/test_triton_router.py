@@ -93,13 +93,14 @@ def choose(
     renormalize: bool,
     bias: Tensor | None,
     operator: Callable[..., None] = topk_sigmoid,
+    **kwargs: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = logits.shape[0], top_k
     weights = torch.full(size, torch.nan, device=DEVICE)
     ids, rows = (
         torch.full(size, -1, dtype=torch.int32, device=DEVICE) for _ in range(2)
     )
-    operator(weights, ids, rows, logits, renormalize, bias)
+    operator(weights, ids, rows, logits, renormalize, bias, **kwargs)
     return weights.cpu(), ids.cpu(), rows.cpu()
 
 
@@ -119,12 +120,15 @@ def test_choice_matches_float64(
 ) -> None:
     logits = torch.randn(num_tokens, experts, generator=rng).to(DEVICE)
     bias = torch.randn(experts, generator=rng).to(DEVICE) if has_bias else None
-    weights, ids, rows = choose(logits, top_k, renormalize, bias)
+    factor = 1 + torch.rand((), generator=rng).item()
+    weights, ids, rows = choose(
+        logits, top_k, renormalize, bias, routed_scaling_factor=factor
+    )
     if num_tokens == 0:
         return
-    wanted_weights, wanted_ids = in_float64(logits, top_k, renormalize, bias)
+    wanted, wanted_ids = in_float64(logits, top_k, renormalize, bias)
     assert torch.equal(ids.long(), wanted_ids)
-    torch.testing.assert_close(weights.double(), wanted_weights, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(weights.double(), factor * wanted, rtol=1e-6, atol=1e-7)
     token, choice = torch.arange(num_tokens)[:, None], torch.arange(top_k)[None, :]
     assert torch.equal(rows.long(), choice * num_tokens + token)
 

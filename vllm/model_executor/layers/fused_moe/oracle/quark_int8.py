@@ -62,9 +62,9 @@ def quant_keys(per_channel: bool, static: bool) -> tuple[QuantKey, QuantKey]:
 
 def select_quark_int8_experts(
     moe_config: FusedMoEConfig,
-    weight_key: QuantKey,
-    activation_key: QuantKey,
-    layer_name: str,
+    weight_key: QuantKey | None,
+    activation_key: QuantKey | None,
+    layer_name: str = "Experts",
 ) -> type[mk.FusedMoEExperts]:
     """The class for Quark's INT8 experts: the fork's own where it serves, else
     upstream's Triton kernel, which any `--moe-backend` but auto and quark_int8 names.

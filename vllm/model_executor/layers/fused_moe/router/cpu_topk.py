@@ -36,10 +36,13 @@ def topk_sigmoid(
     gating_output: torch.Tensor,
     renormalize: bool = False,
     e_score_correction_bias: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
 ) -> None:
-    """Like `topk_softmax`, with sigmoid scores."""
+    """Like `topk_softmax`, with sigmoid scores; their weights are scaled here, which
+    upstream's operator does from 0.26.0 on."""
     scores = gating_output.float().sigmoid()
     _choose(topk_weights, topk_ids, scores, renormalize, e_score_correction_bias)
+    topk_weights.mul_(routed_scaling_factor)
 
 
 def topk_softplus_sqrt(

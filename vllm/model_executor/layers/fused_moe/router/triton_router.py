@@ -172,6 +172,7 @@ def topk_sigmoid_kernel(
     num_tokens,
     num_experts,
     topk,
+    routed_scaling_factor,
     TOPK: tl.constexpr,
     BLOCK_SIZE_E: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -211,6 +212,7 @@ def topk_sigmoid_kernel(
     if RENORMALIZE:
         # Scores that have all underflowed to zero stay zero.
         weights /= tl.maximum(tl.sum(weights, axis=0), 1.1754943508222875e-38)
+    weights *= routed_scaling_factor
     out = token.to(tl.int64) * topk + j
     tl.store(topk_weights_ptr + out, weights, mask=j < topk)
     tl.store(topk_ids_ptr + out, ids, mask=j < topk)
@@ -331,12 +333,13 @@ def topk_sigmoid(
     gating_output: torch.Tensor,
     renormalize: bool = False,
     e_score_correction_bias: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
 ) -> None:
     """Route each token to the experts with the highest sigmoid scores.
 
     The bias only moves the choice: weights are the scores without it, divided by their
-    sum if `renormalize`. Of equal scores the lower id wins; experts come in descending
-    order. A score that is NaN is never chosen; of a token that has no other, expert 0
+    sum if `renormalize`, times `routed_scaling_factor`, which upstream's operator takes
+    from 0.26.0 on. Of equal scores the lower id wins; experts come in descending order. A score that is NaN is never chosen; of a token that has no other, expert 0
     is, with the weight NaN.
 
     Args:
@@ -362,6 +365,7 @@ def topk_sigmoid(
         num_tokens,
         num_experts,
         topk,
+        routed_scaling_factor,
         TOPK=triton.next_power_of_2(topk),
         BLOCK_SIZE_E=triton.next_power_of_2(num_experts),
         HAS_BIAS=e_score_correction_bias is not None,
@@ -381,6 +385,7 @@ def _topk_sigmoid_fake(
     gating_output: torch.Tensor,
     renormalize: bool = False,
     e_score_correction_bias: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
 ) -> None:
     pass
 
