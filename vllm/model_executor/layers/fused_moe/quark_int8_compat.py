@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.fused_moe.oracle import int8
 
 # The module that holds a layer's experts and asks for a quantization method.
-ExpertsLayer: type[nn.Module]
+ExpertsLayer: Any
 try:  # from 0.24.0
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 

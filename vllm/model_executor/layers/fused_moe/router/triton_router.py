@@ -339,8 +339,9 @@ def topk_sigmoid(
 
     The bias only moves the choice: weights are the scores without it, divided by their
     sum if `renormalize`, times `routed_scaling_factor`, which upstream's operator takes
-    from 0.26.0 on. Of equal scores the lower id wins; experts come in descending order. A score that is NaN is never chosen; of a token that has no other, expert 0
-    is, with the weight NaN.
+    from 0.26.0 on. Of equal scores the lower id wins; experts come in descending order.
+    A score that is NaN is never chosen; of a token that has no other, expert 0 is, with
+    the weight NaN.
 
     Args:
         topk_weights: [M, topk] float32, written.

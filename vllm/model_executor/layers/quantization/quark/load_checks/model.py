@@ -113,7 +113,10 @@ def _linear_shapes(module: Any, count: int) -> list[set[tuple[int, ...]]]:
 def _expert_shapes(module: Any, layer: Layer) -> set[Any]:
     """The shapes [N, K] that the weights of an expert have in the checkpoint: gate, up
     and down, or gate and up as one."""
-    width = module.moe_config.intermediate_size_per_partition_unpadded * module.tp_size
+    width = (
+        module.moe_config.intermediate_size_per_partition_unpadded
+        * module.moe_config.tp_size
+    )
     hidden = module.moe_config.hidden_dim_unpadded
     shapes = {(hidden, width), (width, hidden)}
     names = (stored.weight.name.removesuffix(".weight") for stored in layer.weights)
