@@ -13,10 +13,13 @@ from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
 
+from packaging.version import Version
+
+from tools.groups import FIX
 from tools.imports import imports
 from tools.repack import RECORD_OF_BUILD
 from tools.series import read_series
-from tools.upstream import ROOT, release
+from tools.upstream import ROOT, holds_fix, release, series_folders
 
 # Modules whose tests start engines: on a CPU these need the group `cpu`.
 ENGINES = ("tests.engine", "tests.server", "examples.compare_builds")
@@ -25,28 +28,37 @@ OURS = ("tests.", "examples.", "benchmarks.")  # what they import, their users n
 
 @cache
 def installed() -> frozenset[str] | None:
-    """Groups of the installed build; None for one that does not say, which then passes
-    for the whole."""
+    """Groups of the installed build, `fix` where its release holds that itself; None
+    for one that does not say, which then passes for the whole."""
     record = distribution("vllm").read_text(RECORD_OF_BUILD)
-    return None if record is None else frozenset(json.loads(record)["groups"])
+    if record is None:
+        return None
+    told = json.loads(record)
+    own = [FIX] if holds_fix(told["release"]) else []
+    return frozenset([*told["groups"], *own])
 
 
 def has_group(group: str) -> bool:
     return (held := installed()) is None or group in held
 
 
+def series() -> Path:
+    """Of the installed build's release."""
+    return release(Version(distribution("vllm").version).public).series
+
+
 @cache
 def group_of(number: str) -> str:
-    """Of a patch."""
-    patches = read_series(release().series)
-    return next(patch.group for patch in patches if patch.number == number)
+    """Of a patch, which is in the same group in every series."""
+    every = (patch for folder in series_folders() for patch in read_series(folder))
+    return next(patch.group for patch in every if patch.number == number)
 
 
 @cache
 def _bringers() -> dict[str, set[str]]:
     """Overlay file -> groups whose patches bring it."""
     found: dict[str, set[str]] = {}
-    for patch in read_series(release().series):
+    for patch in read_series(series()):
         for name in patch.message.overlay:
             found.setdefault(name, set()).add(patch.group)
     return found

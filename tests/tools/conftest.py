@@ -110,14 +110,17 @@ more/0012-Change-line-12.patch
 
 
 @pytest.fixture
-def series(tmp_path: Path) -> Path:
+def series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two patches, of lines 5 and 12 of vllm/model.py, each of a group of its own; the
-    second carries the overlay's file."""
+    second carries the overlay's file. The one series that there is."""
     folder = tmp_path / "series"
     folder.mkdir()
     add_patch(folder, "fix", 5)
     add_patch(folder, "more", 12, "Overlay: vllm/layers/new.py\n")
     (folder / "series").write_text(SERIES)
+    monkeypatch.setattr(
+        upstream, "releases", lambda: {"0.20.2": upstream.Release("0.20.2", folder, {})}
+    )
     return folder
 
 

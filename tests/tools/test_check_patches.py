@@ -2,6 +2,7 @@
 """What `make check-patches` refuses: groups that are not whole, or land elsewhere."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,21 @@ def test_base_that_holds_the_fix(
     release: Release, base: Path, scratch: Path, monkeypatch
 ):
     monkeypatch.setattr(check_patches, "edits_held", lambda _: ["0001"])
-    with pytest.raises(ForkError, match=r"already holds \['0001'\] before patching"):
+    with pytest.raises(ForkError, match=r"holds the edits \['0001'\] before .*ed \[\]"):
         check_base(base, release, scratch)
+
+
+def test_base_without_the_fix_and_a_series_without_it(
+    release: Release, base: Path, scratch: Path, monkeypatch
+):
+    (release.series / "fix/0005-Change-line-5.patch").unlink()
+    (release.series / "series").write_text("more/0012-Change-line-12.patch\n")
+    with pytest.raises(ForkError, match=r"holds the edits \[\] before .*'0003'\]"):
+        check_base(base, release, scratch)
+    monkeypatch.setattr(check_patches, "edits_held", lambda _: list(PROBES))
+    shutil.rmtree(scratch)
+    scratch.mkdir()
+    assert check_base(base, release, scratch) == ([], ["more"])
 
 
 def test_series_that_leaves_the_fix_undone(
@@ -59,7 +73,7 @@ def test_context_that_another_group_changes(
     text = patch.read_text()
     patch.write_text(text.replace(" line_12 = 12\n", " line_12 = 1200\n"))
     with pytest.raises(
-        ForkError, match="group later is not whole with fix alone, .*0005, 0013"
+        ForkError, match="group later is not whole by itself, .*0005, 0013"
     ):
         check_base(base, release, scratch)
 

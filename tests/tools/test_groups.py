@@ -72,6 +72,16 @@ def test_choice(target: str, wanted, label: list[str], numbers: str, series: Pat
     assert [patch.number for patch in chosen.patches] == numbers.split()
 
 
+def test_release_that_holds_the_fix(series: Path):
+    """`fix` may be asked for, but is not all that is built."""
+    patches = [p for p in read_series(series) if p.group != "fix"]
+    chosen = choice(patches, "cpu", ["fix", "more"])
+    assert (chosen.groups, chosen.label) == (["more"], ["more"])
+    assert choice(patches, "cpu").groups == ["more", "cpu"]
+    with pytest.raises(ForkError, match="holds the group fix itself"):
+        choice(patches, "cpu", ["fix"])
+
+
 def test_group_that_says_cpu_elsewhere(series: Path, capsys):
     """vLLM would take the build for a CPU's."""
     with pytest.raises(ForkError, match="group cpu does nothing on cuda"):

@@ -77,8 +77,12 @@ def test_they_skip_and_name_the_group(tmp_path: Path):
     """They are not even imported: nothing below `tmp_path` is a vLLM."""
     info = tmp_path / "vllm-0.20.2.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0\n")
-    (info / RECORD_OF_BUILD).write_text(json.dumps({"groups": ["fix"]}))
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: vllm\nVersion: 0.20.2\n"
+    )
+    (info / RECORD_OF_BUILD).write_text(
+        json.dumps({"release": "0.20.2", "groups": ["fix"]})
+    )
     files = [
         "tests/kernels/test_int8_compile.py",
         "tests/v1/shutdown/test_killed_worker.py",

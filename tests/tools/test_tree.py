@@ -29,8 +29,13 @@ from tools.series import (
 )
 from tools.table import TABLE, table
 from tools.tree import am, export, make_tree, write_patches
-from tools.upstream import Release, extra_groups, releases
-from tools.upstream import release as default_release
+from tools.upstream import (
+    Release,
+    extra_groups,
+    holds_fix,
+    releases,
+    series_folders,
+)
 
 MODEL = "vllm/model.py"
 ENV = tree_module.COMMITTER | tree_module.AUTHOR
@@ -333,20 +338,34 @@ def test_edits_are_recognised(held: list[str]):
     assert edits_held(files.__getitem__) == held
 
 
-def test_series_in_the_repository_is_whole():
+@pytest.mark.parametrize("series", series_folders(), ids=lambda series: series.name)
+def test_series_in_the_repository_is_whole(series: Path):
     """What a build and `make mails` will ask for, without a base wheel."""
-    [series] = {candidate.series for candidate in releases().values()}
     patches = read_series(series)
-    check_named(patches)
-    assert groups_of(patches)[0] == FIX
-    assert set(extra_groups()) < set(groups_of(patches)) == set(group_lines(series))
-    assert series_release(series) == default_release().version
+    groups = groups_of(patches)
+    assert set(groups) == set(group_lines(series))
+    written_for = series_release(series)
+    assert releases()[written_for].series == series
+    assert groups[:1] == [FIX] or (FIX not in groups and holds_fix(written_for))
     for patch in patches:
         assert len(patch.path.stem) <= 60
         for key in ("Forwarded", "Remove-when", "Last-Update"):
             assert patch.message.value(key), (patch.name, key)
         if patch.message.value("Forwarded").startswith("no"):
             assert re.fullmatch("not-needed|no, .+", patch.message.value("Forwarded"))
+
+
+def test_every_file_of_the_overlay_goes_along_with_a_patch():
+    check_named()
+
+
+def test_a_patch_is_in_one_group_whatever_the_series():
+    groups: dict[str, set[str]] = {}
+    for folder in series_folders():
+        for patch in read_series(folder):
+            groups.setdefault(patch.number, set()).add(patch.group)
+    assert all(len(found) == 1 for found in groups.values()), groups
+    assert set(extra_groups()) < set().union(*groups.values())
 
 
 def test_the_table_is_what_the_patches_say():
