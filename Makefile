@@ -23,10 +23,16 @@ TARGET := $(VLLM_TARGET_DEVICE)$(VLLM_BASE_VERSION)$(notdir $(firstword $(OWN_BA
     2,$(OWN_BASE))$(addprefix -,$(subst $(SPACE),-,$(strip $(VLLM_QUARK_GROUPS))))
 PYTEST_FLAGS ?= -n auto --maxprocesses=4
 
-BIN := .venv/bin
-TOOLS_READY := .venv/.tools
-LINT_READY := .venv/.lint
-FORK_READY := .venv/.fork-$(TARGET)
+# Another release than the default one wants another torch: an environment of its own.
+DEFAULT_RELEASE := $(shell sed -n 's/^default_release = "\(.*\)"/\1/p' UPSTREAM.toml)
+OTHER_RELEASE := $(filter-out $(DEFAULT_RELEASE),$(VLLM_BASE_VERSION))
+VENV := .venv$(addprefix -,$(OTHER_RELEASE))
+BIN := $(VENV)/bin
+TOOLS_READY := $(VENV)/.tools
+LINT_READY := $(VENV)/.lint
+FORK_READY := $(VENV)/.fork-$(TARGET)
+# The default release's torch; of the others pip knows by the wheel.
+REQUIREMENTS := $(if $(OTHER_RELEASE),,-r requirements-$(VLLM_TARGET_DEVICE).txt)
 WHEEL := build/wheel-$(TARGET)
 # Not the tuned configs: make cannot name files with `=`. After a sweep remove build/wheel-*.
 WHEEL_SOURCES := setup.py UPSTREAM.toml $(wildcard tools/*.py) \
@@ -140,10 +146,10 @@ stress: $(FORK_READY) ## serve under stress for MINUTES (10): every answer is ju
 	$(BIN)/python -m tests.stress.stress_serving --minutes $(or $(MINUTES),10)
 
 clean: ## remove what was built here, but not the cache of base wheels
-	rm -rf build dist .venv
+	rm -rf build dist .venv .venv-*
 
 $(TOOLS_READY): pyproject.toml
-	test -d .venv || $(PYTHON) -m venv $(VENV_FLAGS) .venv
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	$(BIN)/python -m pip install "pip>=25.1" # which knows dependency groups
 	$(BIN)/python -m pip install --group build
 	@touch $@
@@ -154,10 +160,9 @@ $(WHEEL): $(TOOLS_READY) $(WHEEL_SOURCES)
 	@ls -t dist/vllm-*.whl | head -n 1 > $@
 
 $(FORK_READY): $(WHEEL) requirements-$(VLLM_TARGET_DEVICE).txt
-	$(BIN)/python -m pip install -r requirements-$(VLLM_TARGET_DEVICE).txt --group test \
-	    "$$(cat $(WHEEL))"
+	$(BIN)/python -m pip install $(REQUIREMENTS) --group test "$$(cat $(WHEEL))"
 	$(BIN)/python -m pip install --no-deps --force-reinstall "$$(cat $(WHEEL))"
-	@rm -f .venv/.fork-* && touch $@
+	@rm -f $(VENV)/.fork-* && touch $@
 
 $(LINT_READY): $(FORK_READY)
 	$(BIN)/python -m pip install --group lint

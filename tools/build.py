@@ -13,13 +13,14 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
-from zipfile import ZipFile
+from zipfile import BadZipFile, ZipFile
 
 from tools.download import fetch
 from tools.errors import ForkError
 from tools.groups import asked_for, choice
 from tools.location import VARIABLE, parse
 from tools.repack import check_named, metadata, repack
+from tools.requires import check_python, headers_of, torch_note
 from tools.series import Patch, dependants, read_series, with_dependencies
 from tools.target import target_device
 from tools.upstream import BaseWheel, fork_table, listed_wheel, own_wheel, release
@@ -99,6 +100,7 @@ def build_metadata() -> bytes:
     """METADATA of the wheel that `build_wheel` would make. Raises ForkError."""
     planned = plan()
     with ZipFile(fetch(planned.wheel, location())) as base:
+        check_python(headers_of(base), planned.wheel.filename)
         return metadata(base, planned.version)
 
 
@@ -116,6 +118,19 @@ def runs(word: str, numbers: Iterable[str]) -> list[str]:
     ]
 
 
+def check_requirements(base_path: Path) -> None:
+    """See that this Python will do, and say where the installed torch will not. Raises
+    ForkError."""
+    try:
+        with ZipFile(base_path) as base:
+            headers = headers_of(base)
+    except BadZipFile as error:
+        raise ForkError(f"{base_path}: not a wheel, or damaged: {error}.") from None
+    check_python(headers, base_path.name)
+    if note := torch_note(headers, base_path.name):
+        print(note, file=sys.stderr)
+
+
 def build_wheel(
     dist_folder: Path, without: Collection[str] = (), only: Collection[str] = ()
 ) -> Path:
@@ -127,6 +142,7 @@ def build_wheel(
         signal.signal(number, lambda *_: sys.exit("error: interrupted; no wheel made"))
     planned = plan(without, only)
     base_path = fetch(planned.wheel, location())
+    check_requirements(base_path)
     record = planned.record(base_path)
     path = repack(base_path, planned.patches, planned.version, dist_folder, record)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -28,11 +28,15 @@ def target_device() -> tuple[str, str]:
     return "cpu", "no torch, nvidia-smi or rocm-smi is here"
 
 
+def site_folders() -> list[str]:
+    """Where this Python's packages are, seen from pip's isolated builds too."""
+    return [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+
+
 def _target_of_torch() -> str | None:
     """Read torch's version.py rather than import torch: pip's isolated builds hide
     the environment's packages from import, and importing takes seconds."""
-    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    for dist in distributions(name="torch", path=folders):
+    for dist in distributions(name="torch", path=site_folders()):
         version = runpy.run_path(str(dist.locate_file("torch/version.py")))
         if version.get("hip"):
             return "rocm"
