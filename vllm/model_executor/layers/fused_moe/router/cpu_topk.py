@@ -12,6 +12,7 @@ def topk_softmax(
     gating_output: torch.Tensor,
     renormalize: bool = False,
     e_score_correction_bias: torch.Tensor | None = None,
+    is_padding: torch.Tensor | None = None,
 ) -> None:
     """Route each token to the experts with the highest softmax scores.
 
@@ -25,6 +26,8 @@ def topk_softmax(
         topk_ids: [M, topk] integer, written.
         gating_output: [M, E], float: the router's logits.
         e_score_correction_bias: [E], float.
+        is_padding: [M], of newer releases: tokens that nobody reads. They are routed
+            like the others.
     """
     scores = gating_output.float().softmax(dim=-1)
     _choose(topk_weights, topk_ids, scores, renormalize, e_score_correction_bias)
@@ -37,6 +40,7 @@ def topk_sigmoid(
     renormalize: bool = False,
     e_score_correction_bias: torch.Tensor | None = None,
     routed_scaling_factor: float = 1.0,
+    is_padding: torch.Tensor | None = None,
 ) -> None:
     """Like `topk_softmax`, with sigmoid scores; their weights are scaled here, which
     upstream's operator does from 0.26.0 on."""
@@ -54,6 +58,9 @@ def topk_softplus_sqrt(
     e_score_correction_bias: torch.Tensor | None = None,
     input_tokens: torch.Tensor | None = None,
     hash_indices_table: torch.Tensor | None = None,
+    is_padding: torch.Tensor | None = None,
+    bias_vl: torch.Tensor | None = None,
+    image_sentinel_lo: int = 0,
 ) -> None:
     """Like `topk_softmax`, with scores sqrt(log(1 + exp(logit))); their weights are
     scaled here.
@@ -61,7 +68,15 @@ def topk_softplus_sqrt(
     Args:
         input_tokens: [M], integer, and hash_indices_table: [vocabulary, topk], integer:
             each token's experts in place of those with the highest scores.
+
+    Raises:
+        NotImplementedError: images have a bias of their own.
     """
+    if bias_vl is not None:
+        raise NotImplementedError(
+            "routing on a CPU: expected one bias for all tokens, found bias_vl for "
+            f"those of images, from {image_sentinel_lo} up; run this model on a GPU"
+        )
     scores = F.softplus(gating_output.float()).sqrt()
     chosen = None
     if hash_indices_table is not None:
