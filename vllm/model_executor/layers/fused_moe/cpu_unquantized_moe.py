@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import vllm.envs as envs
 from vllm.model_executor.kernels.quark_int8_ops import register_op
-from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.cpu_moe_utils import (
     ACTIVATIONS,
@@ -35,6 +34,9 @@ def upstream_serves(layer: "FusedMoE") -> bool:
     one expert a token and add w13's bias unweighted; their kernel for AMX knows silu
     alone, and neither that nor a bias.
     """
+    # Not in newer releases, whose layers ask none of this.
+    from vllm.model_executor.layers.fused_moe import cpu_fused_moe
+
     if (
         layer.activation not in cpu_fused_moe._CPU_MOE_ACT_FN
         or _swiglu_limit(layer) is not None
