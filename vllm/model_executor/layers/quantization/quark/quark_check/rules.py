@@ -193,6 +193,23 @@ def layer_config(
     return config["global_quant_config"] if override is None else override
 
 
+def shards_excluded(
+    layer_name: str, exclude: Iterable[str], packed: Mapping[str, Iterable[str]]
+) -> dict[str, bool]:
+    """Of each shard of a linear layer, by its name in the checkpoint: whether `exclude`
+    names it. A layer that is not in `packed` is its own only shard, and so is one that
+    is named itself; a glob names modules of the checkpoint, so shards alone."""
+    names = [layer_name]
+    parent, _, last = layer_name.rpartition(".")
+    itself = (entry for entry in exclude if entry.startswith("re:"))
+    if last in packed and not (
+        layer_name in exclude or any(matches(layer_name, entry) for entry in itself)
+    ):
+        names = [f"{parent}.{shard}" if parent else shard for shard in packed[last]]
+    entries = Entries.of(exclude)
+    return {name: entries.match(name) is not None for name in names}
+
+
 def mixed_shards(layer_name: str, excluded: Mapping[str, bool]) -> ValueError:
     """The error for a fused layer of which `exclude` names some shards.
 
