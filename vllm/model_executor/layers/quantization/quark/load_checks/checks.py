@@ -122,6 +122,10 @@ class Checks:
             self.report(problem)
         return found
 
+    def asked(self, prefix: str) -> Layer | None:
+        """What `layer` answered for that name; None where nobody asked."""
+        return None if self._export is None else self._export.asked(prefix)
+
     def report(self, problem: Problem) -> None:
         """Raise an error, or keep it and a warning for the log."""
         is_error = problem.kind.severity == "error"
