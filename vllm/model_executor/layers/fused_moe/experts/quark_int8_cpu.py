@@ -30,6 +30,9 @@ from vllm.v1.worker.workspace import (
 class Int8CpuExperts(Int8ExpertsBase):
     """INT8 experts on a CPU, of every scheme of Quark's. Quantizes its input itself."""
 
+    # torch.compile cannot: which expert is read next depends on the routing.
+    is_traced = False
+
     def __init__(
         self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig
     ) -> None:
