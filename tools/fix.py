@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tell from vLLM's source which of the edits 0001-0003 it holds, whoever made them."""
+"""Tell from vLLM's source which of the patches of `fix` it holds, whoever made them."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -43,6 +43,10 @@ def _model_maps_fused_modules(tree: ast.Module) -> bool:
     return any(getattr(t, "id", None) == "packed_modules_mapping" for t in targets)
 
 
+def _int8_experts_have_a_method(tree: ast.Module) -> bool:
+    return any(_calls(tree, "QuarkW8A8Int8MoEMethod"))
+
+
 # The patches that let a CPU run the models, and read no checkpoint.
 CPU_PATCHES = ("0004", "0005", "0006", "0007")
 
@@ -51,11 +55,12 @@ PROBES: dict[str, tuple[str, Callable[[ast.Module], bool]]] = {
     "0001": (f"{QUARK}/schemes/quark_w8a8_int8.py", _scales_have_a_loader_of_their_own),
     "0002": (f"{QUARK}/quark_moe.py", _moe_scales_become_columns),
     "0003": ("vllm/model_executor/models/step3p5.py", _model_maps_fused_modules),
+    "0029": (f"{QUARK}/quark_moe.py", _int8_experts_have_a_method),
 }
 
 
 def edits_held(read: Callable[[str], str | bytes]) -> list[str]:
-    """Numbers of the edits that the tree holds; `read` gives a file by its path."""
+    """Numbers of the patches that the tree holds; `read` gives a file by its path."""
     return [
         number
         for number, (path, holds) in PROBES.items()

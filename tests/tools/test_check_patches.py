@@ -11,7 +11,6 @@ from tests.tools.conftest import add_patch
 from tools import check_patches
 from tools.check_patches import check_base
 from tools.errors import ForkError
-from tools.fix import PROBES
 from tools.upstream import Release
 
 
@@ -24,9 +23,10 @@ def scratch(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def release(series: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch) -> Release:
-    """A release of the small base, whose patches make the edits as far as one can
-    tell."""
-    held = iter([[], list(PROBES)])
+    """A release of the small base, whose patch 0005 is found there once it is
+    applied."""
+    monkeypatch.setattr(check_patches, "PROBES", {"0005": None})
+    held = iter([[], ["0005"]])
     monkeypatch.setattr(check_patches, "edits_held", lambda _: next(held))
     return Release("0.20.2", series, {})
 
@@ -39,8 +39,26 @@ def test_groups_that_are_whole(release: Release, base: Path, scratch: Path):
 def test_base_that_holds_the_fix(
     release: Release, base: Path, scratch: Path, monkeypatch
 ):
-    monkeypatch.setattr(check_patches, "edits_held", lambda _: ["0001"])
-    with pytest.raises(ForkError, match=r"holds the edits \['0001'\] before .*ed \[\]"):
+    monkeypatch.setattr(check_patches, "edits_held", lambda _: ["0005"])
+    with pytest.raises(ForkError, match=r"holds the edits \['0005'\] before patching"):
+        check_base(base, release, scratch)
+
+
+def test_base_that_holds_what_the_series_lacks(
+    release: Release, base: Path, scratch: Path, monkeypatch
+):
+    """As 0.20.0 holds 0029, which the series of 0.19 has, and 0.22.0 the others."""
+    monkeypatch.setattr(check_patches, "PROBES", {"0005": None, "0029": None})
+    held = iter([["0029"], ["0005", "0029"]])
+    monkeypatch.setattr(check_patches, "edits_held", lambda _: next(held))
+    assert check_base(base, release, scratch) == ([], ["more"])
+
+
+def test_base_that_lacks_what_the_series_lacks(
+    release: Release, base: Path, scratch: Path, monkeypatch
+):
+    monkeypatch.setattr(check_patches, "PROBES", {"0005": None, "0029": None})
+    with pytest.raises(ForkError, match=r"\[\] before patching; expected \['0029'\]"):
         check_base(base, release, scratch)
 
 

@@ -315,26 +315,35 @@ def test_export_does_not_heed_the_users_git(
     assert contents(tmp_path / "out") == before
 
 
+# Patch -> a piece of the file that it edits, without the edit and with it.
 SOURCES = {
-    PROBES["0001"][0]: (
+    "0001": (
         "scale = ChannelQuantScaleParameter(data=d, weight_loader=weight_loader)",
         "scale = ChannelQuantScaleParameter(data=d, weight_loader=wrap(weight_loader))",
     ),
-    PROBES["0002"][0]: (
+    "0002": (
         "class QuarkW8A8Int8MoEMethod:\n def f(self): return make()",
         "class QuarkW8A8Int8MoEMethod:\n"
         " def f(self): replace_parameter(); return int8_w8a8_moe_quant_config()",
     ),
-    PROBES["0003"][0]: (
+    "0003": (
         "class Step3p5ForCausalLM:\n other = {}",
         "class Step3p5ForCausalLM:\n packed_modules_mapping = {}",
+    ),
+    "0029": (
+        "method = QuarkW8A8Fp8MoEMethod(weight_config)",
+        "method = QuarkW8A8Int8MoEMethod(weight_config)",
     ),
 }
 
 
-@pytest.mark.parametrize("held", [[], ["0001"], ["0002", "0003"], list(PROBES)])
+@pytest.mark.parametrize(
+    "held", [[], ["0001"], ["0029"], ["0002", "0003"], list(PROBES)]
+)
 def test_edits_are_recognised(held: list[str]):
-    files = {path: SOURCES[path][n in held] for n, (path, _) in PROBES.items()}
+    files: dict[str, str] = {}
+    for number, (path, _) in PROBES.items():
+        files[path] = files.get(path, "") + SOURCES[number][number in held] + "\n"
     assert edits_held(files.__getitem__) == held
 
 
