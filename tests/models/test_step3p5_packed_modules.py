@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.distributed import get_ep_group
 from vllm.distributed.eplb import eplb_state
-from vllm.model_executor.layers.fused_moe import FusedMoE
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.quark.quark import (
     QuarkConfig,
@@ -169,10 +169,10 @@ def test_eplb_finds_every_layer_of_experts(build, monkeypatch):
     device = next(model.parameters()).device
     state = eplb_state.EplbState(vllm_config.parallel_config, device)
     state.add_model(model, vllm_config.model_config)
-    layers = [module for module in model.modules() if isinstance(module, FusedMoE)]
-    assert layers
-    for layer in layers:
-        layer.router._validate_eplb_state()
+    runners = [each for each in model.modules() if isinstance(each, MoERunner)]
+    assert runners
+    for runner in runners:
+        runner.router._validate_eplb_state()
 
 
 @pytest.fixture

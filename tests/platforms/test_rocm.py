@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy
@@ -14,7 +15,6 @@ from packaging.version import Version
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.model_executor.kernels.linear import TritonInt8ScaledMMLinearKernel
-from vllm.model_executor.layers.fused_moe import FusedMoE
 from vllm.model_executor.layers.fused_moe.experts.triton_int8_moe import (
     TritonInt8Experts,
 )
@@ -23,6 +23,8 @@ from vllm.model_executor.layers.fused_moe.router import cpu_topk
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.platforms import current_platform
+
+from tests.moe_layers import make_experts
 
 ROOT = Path(__file__).parents[2]
 ON_ROCM = pytest.mark.skipif(
@@ -92,8 +94,8 @@ def _context(vllm_config: VllmConfig) -> None:
     """Layers are built under a current VllmConfig."""
 
 
-def experts(config: QuarkConfig) -> FusedMoE:
-    return FusedMoE(
+def experts(config: QuarkConfig) -> Any:
+    return make_experts(
         num_experts=4,
         top_k=2,
         hidden_size=64,

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
     CompressedTensorsConfig,
 )
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.platforms import current_platform
 
+from tests.moe_layers import apply_experts, make_experts
 from tests.quantization.utils import poison, random_int8, random_scales
 from tests.v1.utils import HOPPER
 
@@ -44,9 +44,9 @@ def compressed_tensors() -> CompressedTensorsConfig:
     )
 
 
-def make_layer(config: Any) -> FusedMoE:
+def make_layer(config: Any) -> Any:
     index = int(isinstance(config, QuarkConfig))  # names of layers are not given twice
-    return FusedMoE(
+    return make_experts(
         num_experts=NUM_EXPERTS,
         top_k=TOP_K,
         hidden_size=HIDDEN,
@@ -98,12 +98,11 @@ def test_both_formats_answer_alike(
     for config in (QuarkConfig.from_config(quark_dict()), compressed_tensors()):
         layer = build(config, weights, scales)
         device = layer.w13_weight.device
-        output = layer.quant_method.apply(
+        output = apply_experts(
             layer,
             x.to(device),
             topk_weights.float().to(device),
             order[:, :TOP_K].int().to(device),
-            None,
         )
         outputs.append(output.cpu())
     assert outputs[0].isfinite().all() and outputs[0].any()

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.fused_moe import FusedMoE
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -19,6 +18,8 @@ from vllm.model_executor.layers.quantization.quark.quark import (
 from vllm.model_executor.layers.quantization.quark.utils import should_ignore_layer
 from vllm.model_executor.model_loader.utils import configure_quant_config
 from vllm.model_executor.models.step3p5 import Step3p5ForCausalLM
+
+from tests.moe_layers import make_experts
 
 FUSED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -102,7 +103,7 @@ def test_experts_that_are_excluded_one_by_one(vllm_config: VllmConfig, quark_dic
     parts = ("gate_proj", "up_proj", "down_proj")
     excluded = [f"{LAYER}.moe.experts.{e}.{p}" for e in range(4) for p in parts]
     of = QuarkConfig.from_config(quark_dict(exclude=tuple(excluded)))
-    layer = FusedMoE(4, 2, 64, 32, quant_config=of, prefix=f"{LAYER}.moe.experts")
+    layer = make_experts(4, 2, 64, 32, quant_config=of, prefix=f"{LAYER}.moe.experts")
     assert layer.w13_weight.dtype is torch.bfloat16
 
 

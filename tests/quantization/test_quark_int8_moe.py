@@ -11,7 +11,6 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.fused_moe import (
     invoke_fused_moe_triton_kernel,
 )
-from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.model_executor.layers.quantization.quark.quark_moe import (
     QuarkW8A8Int8MoEMethod,
@@ -24,6 +23,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl
 
+from tests.moe_layers import apply_experts, make_experts
 from tests.quantization.utils import poison, random_int8, random_scales
 from tests.v1.utils import HOPPER
 
@@ -101,7 +101,7 @@ class Checkpoint:
         first, second = random_scales(2, NUM_EXPERTS, rng=rng)
         self.input_scale = {"w1": first, "w3": first, "w2": second}
 
-    def load_into(self, layer: FusedMoE) -> None:
+    def load_into(self, layer: Any) -> None:
         """Offer every expert to the layer, as a model's load_weights does."""
         for shard in ROWS:
             prefix = "w2_" if shard == "w2" else "w13_"
@@ -139,7 +139,7 @@ def _context(vllm_config: VllmConfig) -> None:
     """Every layer here is built under a current VllmConfig."""
 
 
-def build(quark: dict[str, Any], **options: Any) -> FusedMoE:
+def build(quark: dict[str, Any], **options: Any) -> Any:
     scheme = quark["global_quant_config"]
     per_channel = scheme["weight"]["qscheme"] == "per_channel"
     static = scheme["input_tensors"]["is_dynamic"] is False
@@ -148,7 +148,7 @@ def build(quark: dict[str, Any], **options: Any) -> FusedMoE:
             "per-channel weights, static activations: needs a CPU, or a GPU of compute "
             "capability 9.0"
         )
-    layer = FusedMoE(
+    layer = make_experts(
         num_experts=NUM_EXPERTS,
         top_k=TOP_K,
         hidden_size=HIDDEN,
@@ -161,19 +161,19 @@ def build(quark: dict[str, Any], **options: Any) -> FusedMoE:
     return layer
 
 
-def process(layer: FusedMoE) -> None:
+def process(layer: Any) -> None:
     layer.quant_method.process_weights_after_loading(layer)
 
 
-def apply(layer: FusedMoE, x: Tensor, weights: Tensor, topk_ids: Tensor) -> Tensor:
+def apply(layer: Any, x: Tensor, weights: Tensor, topk_ids: Tensor) -> Tensor:
     """The experts' output, on the CPU, of arguments there."""
-    layer.ensure_moe_quant_config_init()
     device = layer.w13_weight.device
-    inputs = (tensor.to(device) for tensor in (x, weights, topk_ids))
-    return layer.quant_method.apply(layer, *inputs, None).cpu()
+    return apply_experts(
+        layer, x.to(device), weights.to(device), topk_ids.to(device)
+    ).cpu()
 
 
-def assert_scales(layer: FusedMoE, expected: tuple[Tensor, Tensor]) -> None:
+def assert_scales(layer: Any, expected: tuple[Tensor, Tensor]) -> None:
     for name, scale in zip(SCALES, expected, strict=True):
         assert torch.equal(getattr(layer, name).data.cpu(), scale), name
 
@@ -231,7 +231,7 @@ def test_scale_keeps_its_loader(quark_dict, rng):
 
 
 def test_column_of_one_expert_on_disk_is_refused(quark_dict, rng):
-    """FusedMoE takes an expert's scale as [N] alone, whatever the edits."""
+    """A layer takes an expert's scale as [N] alone, whatever the edits."""
     layer = build(quark_dict())
     checkpoint = Checkpoint(quark_dict(), rng)
     checkpoint.scale = {k: scale[..., None] for k, scale in checkpoint.scale.items()}

@@ -3,23 +3,24 @@
 supports; a layer that none reads right is refused by name."""
 
 import sys
+from typing import Any
 
 import pytest
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.fused_moe import FusedMoE
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 
+from tests.moe_layers import make_experts
 from tests.platforms import pretended
 
 LAYER = "model.layers.3.moe.experts"
 pytestmark = pytest.mark.needs_patch("0028")
 
 
-def build(quark: dict) -> FusedMoE:
+def build(quark: dict) -> Any:
     config = QuarkConfig.from_config(quark)
-    return FusedMoE(4, 2, 64, 32, quant_config=config, prefix=LAYER)
+    return make_experts(4, 2, 64, 32, quant_config=config, prefix=LAYER)
 
 
 def test_experts_are_of_a_modular_kernel(vllm_config: VllmConfig, quark_dict) -> None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -27,6 +27,7 @@ from vllm.model_executor.parameter import RowvLLMParameter, _ColumnvLLMParameter
 
 from tests.models import step3p5_micro as micro
 from tests.models.step3p5_micro import Share, Sizes
+from tests.moe_layers import ExpertsModule, make_experts
 from tests.quantization.utils import poison, random_int8, random_scales
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
@@ -258,7 +259,7 @@ def check_experts(case: Experts, as_rank: Callable, quark_dict: Callable) -> Non
     for rank in range(case.size):
         share = Share(rank, case.size, case.by_expert)
         with as_rank(share):
-            layer = FusedMoE(
+            layer = make_experts(
                 num_experts=case.experts,
                 top_k=1,
                 hidden_size=case.hidden,
@@ -299,7 +300,7 @@ def check_experts(case: Experts, as_rank: Callable, quark_dict: Callable) -> Non
             assert_same(dequantize(layer, "w2"), down, f"{where}, w2")
 
 
-def dequantize(layer: FusedMoE, prefix: str) -> Tensor:
+def dequantize(layer: Any, prefix: str) -> Tensor:
     """float64 [E, N, K] of a scale [E, N], [E, N, 1], [E, 2] or [E]."""
     weight = getattr(layer, f"{prefix}_weight").data.cpu().double()
     scale = getattr(layer, f"{prefix}_weight_scale").data.cpu().double()
@@ -441,16 +442,16 @@ MUTANTS = {
         "load_qkv_weight",
         with_argument("num_heads", lambda replicas: 2 * replicas),
     ),
-    "expert ranks": (EXPERTS, FusedMoE, "_load_w2", one_rank),
-    "gate and up": (EXPERTS, FusedMoE, "_load_w13", swap_w1_w3),
+    "expert ranks": (EXPERTS, ExpertsModule, "_load_w2", one_rank),
+    "gate and up": (EXPERTS, ExpertsModule, "_load_w13", swap_w1_w3),
     "expert ids": (
         EXPERTS,
-        FusedMoE,
+        ExpertsModule,
         "_map_global_expert_id_to_local_expert_id",
         next_expert,
     ),
     "model, qkv ranks": (MODEL, COLUMN, "load_qkv_weight", reverse_ranks),
-    "model, gate and up": (MODEL, FusedMoE, "_load_w13", swap_w1_w3),
+    "model, gate and up": (MODEL, ExpertsModule, "_load_w13", swap_w1_w3),
 }
 
 

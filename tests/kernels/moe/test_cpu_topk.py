@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routing on a CPU, through upstream's own routers, against float64."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +30,10 @@ pytestmark = pytest.mark.skipif(
     not current_platform.is_cpu(), reason="needs a vLLM built for CPUs"
 )
 
-TOPK = {"sigmoid": topk_sigmoid, "softmax": topk_softmax}
+TOPK: dict[str, Callable[..., None]] = {
+    "sigmoid": topk_sigmoid,
+    "softmax": topk_softmax,
+}
 each_scoring_func = pytest.mark.parametrize("scoring_func", TOPK)
 each_renormalize = pytest.mark.parametrize(
     "renormalize", [False, True], ids=["scores", "renormalized"]

@@ -149,7 +149,7 @@ def _first_that_serves(
         if moe_config.moe_parallel_config.use_batched_activation_format
         else mk.FusedMoEActivationFormat.Standard
     )
-    reasons = []
+    reasons: list[str] = []
     for experts_cls in candidates:
         supported, reason = experts_cls.is_supported_config(
             experts_cls, moe_config, weight_key, activation_key, activation_format
