@@ -13,6 +13,7 @@ from importlib.util import find_spec
 
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.oracle import int8
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
@@ -112,7 +113,12 @@ def select_quark_int8_backend(
     backend = moe_config.moe_backend
     is_static = activation_key.scale.static
     reasons: list[str] = []
-    if is_static or backend in ("auto", "quark_int8"):
+    if (
+        moe_config.swiglu_limit is not None
+        and moe_config.activation is MoEActivation.SILU
+    ):
+        reasons.append(f"this fork's experts clip no SiLU at {moe_config.swiglu_limit}")
+    elif is_static or backend in ("auto", "quark_int8"):
         own = experts_classes() if backend in ("auto", "quark_int8") else []
         if is_static and backend in ("auto", "triton"):
             from vllm.model_executor.layers.fused_moe.experts.triton_int8_moe import (
@@ -140,8 +146,8 @@ def select_quark_int8_backend(
 def _first_that_serves(
     candidates: Sequence[type[mk.FusedMoEExperts]],
     moe_config: FusedMoEConfig,
-    weight_key: QuantKey,
-    activation_key: QuantKey,
+    weight_key: QuantKey | None,
+    activation_key: QuantKey | None,
 ) -> tuple[type[mk.FusedMoEExperts] | None, list[str]]:
     """The first class that serves, and why those before it do not."""
     activation_format = (
@@ -168,8 +174,8 @@ def _first_that_serves(
 
 def _no_kernel(
     layer_name: str,
-    weight_key: QuantKey,
-    activation_key: QuantKey,
+    weight_key: QuantKey | None,
+    activation_key: QuantKey | None,
     backend: str,
     reasons: Sequence[str],
 ) -> NotImplementedError:
