@@ -88,6 +88,45 @@ def topk_softplus_sqrt(
     topk_weights *= routed_scaling_factor
 
 
+def route(
+    router_logits: torch.Tensor,
+    topk: int,
+    renormalize: bool,
+    scoring_func: str,
+    e_score_correction_bias: torch.Tensor | None,
+    routed_scaling_factor: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the routers of GPUs choose without groups, for the one router that newer
+    releases have on a CPU.
+
+    The factor scales weights chosen with a bias; without one the caller does, as there.
+
+    Args:
+        router_logits: [M, E], float.
+        scoring_func: softmax or sigmoid.
+        e_score_correction_bias: [E], float.
+
+    Returns:
+        Weights float32 and ids int32 [M, topk].
+
+    Raises:
+        NotImplementedError: other scores.
+    """
+    choose = {"softmax": topk_softmax, "sigmoid": topk_sigmoid}.get(scoring_func)
+    if choose is None:
+        raise NotImplementedError(
+            "routing on a CPU: expected scores by softmax or sigmoid, found "
+            f"{scoring_func}; run this model on a GPU"
+        )
+    size = router_logits.shape[0], topk
+    weights = torch.empty(size, dtype=torch.float32, device=router_logits.device)
+    ids = torch.empty(size, dtype=torch.int32, device=router_logits.device)
+    choose(weights, ids, router_logits, renormalize, e_score_correction_bias)
+    if e_score_correction_bias is not None:
+        weights = weights * routed_scaling_factor
+    return weights, ids
+
+
 def zero_experts(
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
