@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import vllm.envs as envs
 from vllm import _custom_ops as ops
+from vllm.logger import init_logger
 from vllm.model_executor.kernels.int8_triton import (
     dot4,
     has_dot4,
@@ -26,6 +27,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.cutlass import (
     CutlassInt8ScaledMMLinearKernel,
 )
 from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
+    Int8ScaledMMLinearKernel,
     Int8ScaledMMLinearLayerConfig,
 )
 from vllm.model_executor.kernels.quark_int8_ops import register_op
@@ -33,6 +35,8 @@ from vllm.triton_utils import tl, triton
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase
+
+logger = init_logger(__name__)
 
 # With more tokens each reading the weights costs more than tensor cores do: a weight
 # that is large, and any other.
@@ -337,3 +341,18 @@ def few_tokens_kernel() -> type[FewTokensInt8ScaledMMLinearKernel] | None:
     """
     supported, _ = FewTokensInt8ScaledMMLinearKernel.is_supported()
     return FewTokensInt8ScaledMMLinearKernel if supported else None
+
+
+def or_few_tokens(chosen: Int8ScaledMMLinearKernel) -> Int8ScaledMMLinearKernel:
+    """The kernel for one of Quark's layers, in the place of the one of upstream's that
+    it calls for more tokens; what else was chosen stays."""
+    kernel = few_tokens_kernel()
+    if (
+        kernel is None
+        or type(chosen) is not CutlassInt8ScaledMMLinearKernel
+        or kernel.__name__ in envs.VLLM_DISABLED_KERNELS
+        or not kernel.can_implement(chosen.config)[0]
+    ):
+        return chosen
+    logger.info_once("Using %s for Quark's INT8 linear layers.", kernel.__name__)
+    return kernel(chosen.config, list(chosen.layer_param_names))
