@@ -24,21 +24,28 @@ def experts_of(moe: Any) -> Any:
     return getattr(moe, "routed_experts", moe)
 
 
-def runner_of(moe: Any) -> Any:
-    return getattr(moe, "runner", moe)
+def plain_name(name: str) -> str:
+    """A module's or parameter's name as it is where the layer is one module."""
+    return name.replace(".experts.routed_experts", ".experts")
 
 
 def make_experts(*args: Any, **kwargs: Any) -> Any:
     return experts_of(make_moe(*args, **kwargs))
 
 
+def quant_config_of(layer: Any) -> Any:
+    """What the kernels are told of a layer whose weights are processed."""
+    for name in ("ensure_moe_quant_config_init", "_ensure_moe_quant_config_init"):
+        if hasattr(layer, name):
+            getattr(layer, name)()
+    return layer.quant_method.moe_quant_config
+
+
 def apply_experts(
     layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor
 ) -> Tensor:
     """The output [M, K] of a layer whose weights are processed."""
-    for name in ("ensure_moe_quant_config_init", "_ensure_moe_quant_config_init"):
-        if hasattr(layer, name):
-            getattr(layer, name)()
+    assert quant_config_of(layer) is not None
     apply = layer.quant_method.apply
     given = [layer, x, topk_weights, topk_ids]
     shared = [None] * (len(inspect.signature(apply).parameters) - len(given))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.utils import initialize_model
 
+from tests.moe_layers import plain_name
 from tests.quantization.utils import random_int8, random_scales
 
 # Layer 0 is dense; layer 1 holds routed experts and a shared one.
@@ -243,8 +244,9 @@ def found(model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in parameters.items():
         if name.endswith(("_scale", "_zero_point")):
             continue
-        values[name] = parameter.data.cpu().double()
+        value = parameter.data.cpu().double()
         if parameter.dtype == torch.int8:
             scale = parameters[f"{name}_scale"].data.cpu().double()
-            values[name] *= scale.reshape(*parameter.shape[:-1], 1)
+            value *= scale.reshape(*parameter.shape[:-1], 1)
+        values[plain_name(name)] = value
     return values

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.quantization.quark.quark_moe import (
 )
 from vllm.model_executor.model_loader.utils import initialize_model
 
+from tests.moe_layers import experts_of, plain_name
 from tests.quantization.utils import poison, random_int8, random_scales
 
 HIDDEN = 32
@@ -100,7 +101,7 @@ def build(device: torch.device, tmp_path: Path, quark_dict):
 def methods(model: nn.Module) -> dict[str, type]:
     """Layer name -> class of its quantization method."""
     return {
-        name: type(layer.quant_method)
+        plain_name(name): type(layer.quant_method)
         for name, layer in model.named_modules()
         if hasattr(layer, "quant_method")
     }
@@ -167,6 +168,7 @@ def test_eplb_finds_every_layer_of_experts(build, monkeypatch):
     model, _ = build(num_redundant_experts=2)
     vllm_config = model.model.vllm_config
     device = next(model.parameters()).device
+    vllm_config.parallel_config.eplb_config.communicator = "torch_gloo"
     state = eplb_state.EplbState(vllm_config.parallel_config, device)
     state.add_model(model, vllm_config.model_config)
     runners = [each for each in model.modules() if isinstance(each, MoERunner)]
@@ -233,7 +235,7 @@ def test_routed_experts_load(build, experts, layout, num_redundant_experts):
     ]
     experts = {name: tensor[copies] for name, tensor in experts.items()}
 
-    loaded = model.get_submodule(f"{MOE}.moe.experts")
+    loaded = experts_of(model.get_submodule(f"{MOE}.moe.experts"))
     for suffix in ("weight", "weight_scale"):
         gate, up, down = (experts[f"{p}_proj.{suffix}"] for p in ("gate", "up", "down"))
         w13, w2 = (getattr(loaded, f"{w}_{suffix}").data.cpu() for w in ("w13", "w2"))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routing on a CPU, through upstream's own routers, against float64."""
 
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -133,10 +134,13 @@ def grouped_router(
     top_k: int, bias: Tensor | None, scoring_func: str
 ) -> GroupedTopKRouter:
     """Of 32 experts in eight groups, of which the best three count."""
+    # Up to 0.23.0 every router has a state; from then on one that has it counts loads.
+    parameter = inspect.signature(GroupedTopKRouter).parameters["eplb_state"]
+    state = EplbLayerState() if parameter.default is parameter.empty else None
     return GroupedTopKRouter(
-        top_k,
-        32,
-        EplbLayerState(),
+        top_k=top_k,
+        global_num_experts=32,
+        eplb_state=state,
         num_expert_group=8,
         topk_group=3,
         scoring_func=scoring_func,
@@ -273,4 +277,6 @@ def test_other_platforms_keep_their_operator(scoring_func, monkeypatch):
     arguments = tuple(torch.empty(1, 256) for _ in range(6))
     getattr(ops, name)(*arguments)
     [asked] = calls
-    assert all(found is given for found, given in zip(asked, arguments, strict=True))
+    # Newer releases ask for more, which has defaults.
+    assert all(found is given for found, given in zip(asked, arguments, strict=False))
+    assert len(asked) >= len(arguments)
