@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.distributed import get_ep_group
 from vllm.distributed.eplb import eplb_state
-from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.quark.quark import (
     QuarkConfig,
@@ -171,10 +170,10 @@ def test_eplb_finds_every_layer_of_experts(build, monkeypatch):
     vllm_config.parallel_config.eplb_config.communicator = "torch_gloo"
     state = eplb_state.EplbState(vllm_config.parallel_config, device)
     state.add_model(model, vllm_config.model_config)
-    runners = [each for each in model.modules() if isinstance(each, MoERunner)]
-    assert runners
-    for runner in runners:
-        runner.router._validate_eplb_state()
+    routers = [each.router for each in model.modules() if hasattr(each, "router")]
+    assert routers
+    for router in routers:
+        router._validate_eplb_state()
 
 
 @pytest.fixture
