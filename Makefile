@@ -48,7 +48,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install wheel demo matrix test test-slow test-all test-nightly \
+.PHONY: help install wheel demo ask matrix test test-slow test-all test-nightly \
     test-mutants fuzz fuzz-check fixtures architectures \
     fixtures-train tree patches patches-table mails check-patches check-groups lint \
     bench bench-check \
@@ -65,6 +65,9 @@ wheel: $(WHEEL) ## build the fork's wheel into dist/; GROUPS="fix kernels": thes
 
 demo: $(FORK_READY) ## serve a Quark INT8 export: right answers against garbage
 	$(BIN)/python -m examples.quark_int8_demo
+
+ask: $(FORK_READY) ## ask two exports, and see that each answer is right: the shortest proof
+	$(BIN)/python -m examples.across_releases build/ask.json
 
 matrix: $(FORK_READY) ## run every kind of export, and many families: right, refused or garbage
 	$(BIN)/python -m examples.matrix $(if $(STOCK),--stock $(STOCK))

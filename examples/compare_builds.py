@@ -89,12 +89,14 @@ def ask(
     seconds: float = math.inf,
     options: Mapping[str, Any] | None = None,
     pictures: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    python: str = sys.executable,
 ) -> Generator[tuple[str, Answers], None, None]:
     """Names and answers of the checkpoints by a build, in order, as they come.
 
     `script` does what ask_checkpoints.py, which stands for None, does in another way.
     `env` holds further environment variables, `options` further ones of `LLM`.
-    `pictures` are questions with a picture, for some of the checkpoints.
+    `pictures` are questions with a picture, for some of the checkpoints. `python` is
+    that of another environment.
 
     Where a checkpoint ends the process or takes longer than so many seconds, its answer
     is an error and another process goes on with the rest.
@@ -114,7 +116,7 @@ def ask(
         job.write_text(json.dumps({"options": engine, "checkpoints": paths, **asked}))
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, script or SCRIPT, job, folder],
+                [python, script or SCRIPT, job, folder],
                 env=environment(package) | dict(env or {}),
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Top-k routing on a CPU: what the operators of these names do on GPUs, in torch."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -112,7 +114,11 @@ def route(
     Raises:
         NotImplementedError: other scores.
     """
-    choose = {"softmax": topk_softmax, "sigmoid": topk_sigmoid}.get(scoring_func)
+    operators: dict[str, Callable[..., None]] = {
+        "softmax": topk_softmax,
+        "sigmoid": topk_sigmoid,
+    }
+    choose = operators.get(scoring_func)
     if choose is None:
         raise NotImplementedError(
             "routing on a CPU: expected scores by softmax or sigmoid, found "
