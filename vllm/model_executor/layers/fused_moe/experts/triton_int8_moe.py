@@ -112,7 +112,6 @@ class TritonInt8Experts(Int8ExpertsBase):
                 w2=w2,
                 topk_weights=topk_weights,
                 topk_ids=topk_ids,
-                inplace=False,
                 activation=activation,
                 global_num_experts=global_num_experts,
                 expert_map=expert_map,
