@@ -37,6 +37,8 @@ def test_scheme_that_no_kernel_reads_is_refused(
     vllm_config: VllmConfig, quark_dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stock's Triton kernel took scales of other channels, in silence."""
+    build(quark_dict())  # which imports the kernels' modules
+    vllm_config.compilation_config.static_forward_context.clear()
     gpu = pretended.cuda(8, 0)
     for module in [m for n, m in sys.modules.items() if ".fused_moe.experts." in n]:
         if hasattr(module, "current_platform"):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuned configs of upstream's INT8 (W8A8) MoE kernel: that they are looked up."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def test_the_config_has_a_name(scales: dict[str, torch.Tensor]) -> None:
     assert config.config_name(torch.bfloat16) == "int8_w8a8"
 
 
+# Older releases ask for it.
+PARAMETERS = inspect.signature(fused_moe.fused_experts_impl).parameters
+INPLACE = {"inplace": False} if "inplace" in PARAMETERS else {}
+
+
 def test_the_layer_takes_the_tuned_config(
     scales: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,9 +58,9 @@ def test_the_layer_takes_the_tuned_config(
                 torch.zeros(4, 64, 16, dtype=torch.int8),
                 torch.ones(1, 2),
                 torch.tensor([[0, 1]], dtype=torch.int32),
-                inplace=False,
                 use_int8_w8a8=True,
                 per_channel_quant=True,
+                **INPLACE,
                 **scales,
             )
     finally:

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from torch import nn
@@ -188,11 +189,13 @@ def test_upstreams_warmup_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     class Asked(Exception):
         pass
 
-    def asked(worker: object) -> None:
-        assert worker == "worker"
+    worker = MagicMock()
+
+    def asked(given: object) -> None:
+        assert given is worker
         raise Asked
 
     monkeypatch.setattr(int8_warmup, "int8_warmup", asked)
     monkeypatch.setattr(kernel_warmup.envs, "VLLM_USE_DEEP_GEMM", False)
     with pytest.raises(Asked):
-        kernel_warmup.kernel_warmup("worker")
+        kernel_warmup.kernel_warmup(worker)

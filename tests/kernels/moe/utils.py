@@ -45,8 +45,8 @@ def make_moe_config(
         routing_method=RoutingMethodType.Unspecified,
         moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
         in_dtype=in_dtype,
-        disable_inplace=True,
     )
+    config.disable_inplace = True  # which newer releases do not have
     for name, value in attributes.items():
         setattr(config, name, value)
     return config
