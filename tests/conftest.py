@@ -5,8 +5,10 @@ import ast
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -28,6 +30,11 @@ if not HAS_GPU:
     # runs its kernels in its interpreter.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    with suppress(ImportError):
+        from triton.backends import backends
+
+        # From 0.23.0 a vLLM for CPUs drops a Triton without a back end of that name.
+        backends.setdefault("cpu", SimpleNamespace(driver=None))
 
 # Examples a property. Fixtures are ranks to pretend and configs, which keep no example.
 for name, max_examples in (("ci", 200), ("nightly", 2500)):

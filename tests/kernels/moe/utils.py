@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts behind vLLM's modular kernel, without a model."""
 
+from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEQuantConfig,
     RoutingMethodType,
 )
-from vllm.model_executor.layers.fused_moe.oracle.int8 import make_int8_moe_kernel
+from vllm.model_executor.layers.fused_moe.quark_int8_compat import make_int8_moe_kernel
 from vllm.v1.worker.workspace import (
     init_workspace_manager,
     is_workspace_manager_initialized,
@@ -33,20 +35,26 @@ def make_moe_config(
     **attributes: Any,
 ) -> FusedMoEConfig:
     """Of one rank; `attributes` such as moe_backend are set on it."""
-    config = FusedMoEConfig(
-        num_experts=num_experts,
-        experts_per_token=top_k,
-        hidden_dim=hidden,
-        intermediate_size_per_partition=width,
-        num_local_experts=num_local_experts or num_experts,
-        num_logical_experts=num_experts,
-        activation=activation,
-        device=DEVICE,
-        routing_method=RoutingMethodType.Unspecified,
-        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
-        in_dtype=in_dtype,
-    )
-    config.disable_inplace = True  # which newer releases do not have
+    given = {
+        "num_experts": num_experts,
+        "experts_per_token": top_k,
+        "hidden_dim": hidden,
+        "num_local_experts": num_local_experts or num_experts,
+        "num_logical_experts": num_experts,
+        "activation": activation,
+        "device": DEVICE,
+        "routing_method": RoutingMethodType.Unspecified,
+        "moe_parallel_config": FusedMoEParallelConfig.make_no_parallel(),
+        "in_dtype": in_dtype,
+        # Releases have one of the two.
+        "intermediate_size": width,
+        "intermediate_size_per_partition": width,
+        "disable_inplace": True,
+    }
+    known = {each.name for each in fields(FusedMoEConfig) if each.init}
+    if "intermediate_size" in known:
+        del given["intermediate_size_per_partition"]
+    config = FusedMoEConfig(**{k: v for k, v in given.items() if k in known})
     for name, value in attributes.items():
         setattr(config, name, value)
     return config
@@ -85,4 +93,5 @@ def make_kernel(
 ) -> mk.FusedMoEKernel:
     if not is_workspace_manager_initialized():
         init_workspace_manager(torch.device(DEVICE))
-    return make_int8_moe_kernel(quant_config, moe_config, experts_cls)
+    layer = SimpleNamespace(_maybe_init_expert_routing_tables=lambda: None)
+    return make_int8_moe_kernel(layer, quant_config, moe_config, experts_cls)
