@@ -11,7 +11,6 @@ import pytest
 import torch
 import vllm._custom_ops as ops
 from torch import Tensor
-from vllm.distributed.eplb.eplb_state import EplbLayerState
 from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.model_executor.layers.fused_moe.router import grouped_topk_router
 from vllm.model_executor.layers.fused_moe.router.cpu_topk import (
@@ -135,7 +134,6 @@ def grouped_router(top_k: int, bias: Tensor | None, scoring_func: str) -> Any:
     return create_fused_moe_router(
         top_k=top_k,
         global_num_experts=32,
-        eplb_state=EplbLayerState(),
         use_grouped_topk=True,
         num_expert_group=8,
         topk_group=3,
