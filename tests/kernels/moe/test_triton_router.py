@@ -5,7 +5,9 @@ On a GPU if there is one, else in Triton's interpreter.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from vllm.model_executor.layers.fused_moe.router.triton_router import (
     run_product,
     topk_sigmoid,
 )
-from vllm.model_executor.models.step3p5 import FP32ReplicatedLinear
+from vllm.model_executor.models import step3p5
 
 from tests.kernels.utils import DEVICE, interpreted
 from tests.platforms import pretended
@@ -227,9 +229,10 @@ def test_tiles_fit_a_multiprocessor(hidden: int) -> None:
 
 def test_gate_of_step_3p5_asks_it(monkeypatch: pytest.MonkeyPatch, vllm_config) -> None:
     """Patch 0022: the router's product, wherever it serves."""
-    gate = FP32ReplicatedLinear(
-        16, 6, bias=False, params_dtype=torch.float32, prefix="gate"
-    )
+    make: Any = getattr(step3p5, "FP32ReplicatedLinear", None)  # up to 0.26.0
+    if make is None:
+        make = partial(step3p5.TensorCoreGate, out_dtype=torch.float32)
+    gate = make(16, 6, bias=False, params_dtype=torch.float32, prefix="gate")
     torch.nn.init.normal_(gate.weight)
     weight = gate.weight.data.clone().to(DEVICE)
     gate.quant_method.process_weights_after_loading(gate.to(DEVICE))
