@@ -46,16 +46,24 @@ def layers(
         # A layer knows the name under which it asked.
         asked = getattr(module, "prefix", getattr(module, "layer_name", prefix))
         found = export.asked(asked) or export.asked(prefix)
-        if found is not None and holds_int8(module) == (found.config is not None):
+        if found is None or _weight_of(module) is None:
+            continue  # such as a runner, of the name of the experts that it holds
+        if holds_int8(module) == (found.config is not None):
             yield prefix, module, found
+
+
+def _weight_of(module: nn.Module) -> torch.Tensor | None:
+    """The weight of a linear layer, or the first of a layer of experts."""
+    for name in ("weight", "w13_weight"):
+        if isinstance(weight := getattr(module, name, None), torch.Tensor):
+            return weight
+    return None
 
 
 def holds_int8(module: nn.Module) -> bool:
     """Whether a linear layer, or a layer of experts, holds INT8 weights."""
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        weight = getattr(module, "w13_weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dtype == torch.int8
+    weight = _weight_of(module)
+    return weight is not None and weight.dtype == torch.int8
 
 
 def check_shapes(model: nn.Module, checks: "Checks") -> None:
