@@ -35,6 +35,7 @@ def test_folder_is_whole(folder: Path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.needs_group("correct", "cpu")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_fork_passes(folder: Path, tmp_path: Path):

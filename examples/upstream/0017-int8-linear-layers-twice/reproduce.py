@@ -4,8 +4,8 @@
     python reproduce.py
 
 vLLM does so after a sleep at level 2 and in `reload_weights`. Exits with 1 where it
-fails with Triton's kernel, which ROCm has. A few seconds on a CPU,
-where that kernel prepares its weights as on a GPU; nothing is downloaded.
+fails with Triton's kernel, which ROCm has. A few seconds on a CPU, where that kernel
+prepares its weights as on a GPU; nothing is downloaded.
 """
 
 import os
