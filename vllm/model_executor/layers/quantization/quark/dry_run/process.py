@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,6 +24,7 @@ from vllm.model_executor.layers.quantization.quark.dry_run.recorder import (
     modules_of,
 )
 from vllm.model_executor.layers.quantization.quark.dry_run.stand_ins import (
+    any_experts,
     any_platform,
     in_place_of,
     quantized_by,
@@ -57,6 +59,9 @@ def _start_process_groups(config: "VllmConfig") -> None:
 
     if parallel_state.model_parallel_is_initialized():
         return
+    # As if the model had experts: one that is asked later may have some.
+    config = copy(config)
+    config.model_config = None  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(config):
         parallel_state.init_distributed_environment(
             world_size=1,
@@ -93,6 +98,8 @@ def _look(
         _start_process_groups(config)
         with (
             any_platform(said.setdefault("lacks", [])),
+            # This fork's own build says what its platform lacks.
+            nullcontext() if has_checks() else any_experts(),
             set_default_torch_dtype(config.model_config.dtype),
             torch.device("meta"),
         ):

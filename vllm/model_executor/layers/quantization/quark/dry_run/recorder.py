@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.fused_moe.quark_int8_compat import num_logical_experts
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 # What a layer is to a quantization config, by its bases' names: their modules move
@@ -95,12 +94,14 @@ def modules_of(model: nn.Module, asked: Mapping[int, Any]) -> dict[str, Any]:
             continue
         method = getattr(module, "quant_method", None)
         scheme = getattr(module, "scheme", None)
+        # Told here, without a module of this fork's: releases are asked too.
+        of_experts = getattr(module, "moe_config", None)
         found[name] = {
             **asked.get(id(module), nothing),
             "kind": kind_of(module),
             "class": type(module).__name__,
             "parameters": parameters,
-            "experts": num_logical_experts(module)
+            "experts": getattr(of_experts, "num_logical_experts", None)
             or getattr(module, "global_num_experts", None),
             "method": "" if method is None else type(method).__name__,
             "scheme": "" if scheme is None else type(scheme).__name__,

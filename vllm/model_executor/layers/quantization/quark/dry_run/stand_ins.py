@@ -92,3 +92,44 @@ def _any_attention() -> str:
 
     globals()["AnyAttention"] = AnyAttention
     return f"{__name__}.AnyAttention"
+
+
+@contextmanager
+def any_experts() -> Generator[None, None, None]:
+    """Experts of a release without the fork are built as for a GPU where the platform
+    has no kernel for them, which from 0.27.0 on would end the build."""
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+    from vllm.model_executor.layers.quantization.quark import quark_moe
+
+    with (
+        _or_triton(quark_moe, "select_int8_moe_backend", "Int8MoeBackend"),
+        _or_triton(
+            unquantized_fused_moe_method,
+            "select_unquantized_moe_backend",
+            "UnquantizedMoeBackend",
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def _or_triton(module: Any, name: str, backends: str) -> Generator[None, None, None]:
+    """A function of that name in `module` chooses Triton's experts where it finds
+    none; `backends` is its enumeration. Where there is no such function: nothing."""
+    select = getattr(module, name, None)
+    if select is None:
+        yield
+        return
+
+    def selected(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return select(*args, **kwargs)
+        except NotImplementedError:
+            from vllm.model_executor.layers.fused_moe.experts.triton_moe import (
+                TritonExperts,
+            )
+
+            return select.__globals__[backends].TRITON, TritonExperts
+
+    with in_place_of(module, name, selected):
+        yield

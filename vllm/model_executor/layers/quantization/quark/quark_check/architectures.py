@@ -112,7 +112,7 @@ class Structure:
 
     def refuses(self, int8: Iterable[str]) -> str:
         """`int8_error`, where it is about one of these INT8 modules of a checkpoint."""
-        named = re.search(r"([\w.]+)\.weight_scale", self.int8_error)
+        named = re.search(r"([\w.]+)\.weight(_scale)?\b", self.int8_error)
         last = named[1].rpartition(".")[2] if named else ""
         is_about = any(not last or name.rpartition(".")[2] == last for name in int8)
         return self.int8_error if is_about else ""
@@ -273,10 +273,14 @@ class Pattern:
 @dataclass(frozen=True)
 class Architecture:
     """What architectures.json has of one: `releases`, by version; `cpu`: the kinds of
-    exports that this fork was seen to answer right on a CPU."""
+    exports that this fork was seen to answer right on a CPU; `stock_cpu`: releases that
+    were seen to answer one right there; `untold`: those that have no model of their
+    own, so that nothing is known of them."""
 
     releases: Mapping[str, Pattern]
     cpu: tuple[str, ...]
+    stock_cpu: tuple[str, ...]
+    untold: tuple[str, ...] = ()
 
 
 @cache
@@ -303,7 +307,8 @@ def architecture(name: str) -> Architecture | None:
             each["int8_error"],
         )
         releases |= dict.fromkeys(each["releases"], pattern)
-    return Architecture(releases, tuple(found["cpu"]))
+    more = (tuple(found[key]) for key in ("cpu", "stock_cpu", "untold"))
+    return Architecture(releases, *more)
 
 
 def looked_into() -> tuple[str, ...]:
