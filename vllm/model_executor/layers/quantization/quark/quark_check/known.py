@@ -3,7 +3,7 @@
 """All that is known of the model that a checkpoint is for, and of what this fork makes
 of it: from the model itself where it could be asked, else from architectures.json."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -23,12 +23,16 @@ from .export import Export, Layer
 from .layout import MAX_EXPERTS, num_experts, num_layers, shown
 from .opened import Checkpoint
 from .problems import Problem, of_tensor
-from .releases import numbers, row_of
+from .releases import ALL, Row, Scope, build_of, range_of
 from .rules import Config, is_int8
 from .weights import Stored, expert_of
 
-# What this fork stands on, where architectures.json is asked.
-BASE = "0.20.2"
+# What patch 0003 has Step-3.5 tell of its fused layers.
+STEP = "Step3p5ForCausalLM"
+STEP_PACKED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,20 @@ class Int8:
 class Known:
     """export: the files beside the config; structure: the model of this fork, None
     where nothing is known of it, and why_not then says why; looked: what the model
-    itself said; releases: row of releases.toml -> the same for its releases; cpu: the
-    kinds of exports of the architecture that were seen right on a CPU."""
+    itself said; scope: what is asked about; releases: row of it -> the model of its
+    releases; cpu: the kinds of exports of the architecture that were seen right on a
+    CPU; stock_cpu: the releases that were seen to answer one right on a CPU; untold:
+    rows with a release of which nothing is known."""
 
     export: Export
     structure: Structure | None
     why_not: str = ""
     looked: DryRun | None = None
+    scope: Scope = ALL
     releases: Mapping[str, tuple[Structure, ...]] = field(default_factory=dict)
     cpu: tuple[str, ...] = ()
+    stock_cpu: tuple[str, ...] = ()
+    untold: frozenset[str] = frozenset()
 
     @cached_property
     def _judged(self) -> tuple[dict[str, tuple[Asked, Layer]], list[Problem]]:
@@ -224,47 +233,93 @@ def _as_stock(structure: Structure, pattern: Pattern) -> Structure:
     )
 
 
-def know(checkpoint: Checkpoint, looked: DryRun | None = None) -> Known | None:
+def know(
+    checkpoint: Checkpoint, looked: DryRun | None = None, scope: Scope = ALL
+) -> Known | None:
     """What is known of a checkpoint; None where no INT8 of Quark's is asked for."""
     export = checkpoint.export
     if export is None:
         return None
     told = architecture(checkpoint.architecture)
     depth, count = num_layers(checkpoint.model), num_experts(checkpoint.model)
-    by_row: dict[str, list[Structure]] = {}
-    own: Structure | None = None
-    why_not = f"architectures.json has no {checkpoint.architecture}"
+    patterns = told.releases if told else {}
     made: dict[int, Structure] = {}  # releases that told the same
-    for version, pattern in (told.releases if told else {}).items():
+
+    def structure_of(pattern: Pattern) -> Structure:
         if id(pattern) not in made:
             made[id(pattern)] = pattern.structure(export.tensors, depth, count)
-        structure = made[id(pattern)]
-        if version == BASE:
-            own = structure
-        row = row_of(version)
-        if row and all(structure is not x for x in by_row.setdefault(row, [])):
-            by_row[row].append(structure)
+        return made[id(pattern)]
+
+    based_on = _told(patterns, scope.base)[-1:]
+    own = structure_of(based_on[0]) if based_on else None
+    why_not = f"architectures.json has no {checkpoint.architecture}"
+    by_row = {
+        row.name: [structure_of(each) for each in _of_row(patterns, row)]
+        for row in scope.known
+    }
     if looked is not None:
         derived = _native(looked, export)
         why_not = _why_not(looked)
         if derived is not None:
-            base = numbers(looked.vllm.partition("+")[0])
-            row = row_of(".".join(map(str, base[:3])))
-            based_on = told.releases.get(BASE) if told else None
-            if row is not None:
-                stock = derived if based_on is None else _as_stock(derived, based_on)
-                by_row[row] = [stock]
+            stock = _as_stock(derived, based_on[0]) if based_on else derived
+            build = build_of(looked.vllm)
+            asked = range_of(build.release) if build else None
+            for row in scope.of_range(asked.name) if asked else ():
+                by_row[row.name] = [stock]
             own = derived
         elif own is None or looked.structure.stage in ("build", "load"):
             own = None
+    for row in scope.known:
+        if "0003" in row.patches and checkpoint.architecture == STEP:
+            by_row[row.name] = [_with_0003(each) for each in by_row[row.name]]
     return Known(
         export,
         own,
         "" if own else why_not,
         looked,
-        {row: tuple(each) for row, each in by_row.items()},
+        scope,
+        {name: tuple(each) for name, each in by_row.items() if each},
         told.cpu if told else (),
+        told.stock_cpu if told else (),
+        _untold(told.untold if told else (), scope),
     )
+
+
+def _untold(releases: Iterable[str], scope: Scope) -> frozenset[str]:
+    ranges = {each.name for v in releases if (each := range_of(v))}
+    return frozenset(
+        row.name
+        for row in scope.known
+        if row.range
+        and row.range.name in ranges
+        and (not row.by_platform or row.version in releases)
+    )
+
+
+def _told(patterns: Mapping[str, Pattern], version: str) -> list[Pattern]:
+    """What a release told; where it was not asked, the others of its range."""
+    if version in patterns:
+        return [patterns[version]]
+    same = range_of(version)
+    found = [patterns[v] for v in (same.looked_into if same else ()) if v in patterns]
+    return list({id(each): each for each in found}.values())
+
+
+def _of_row(patterns: Mapping[str, Pattern], row: Row) -> list[Pattern]:
+    """The same for a row: of a range all that any of its releases told."""
+    if row.by_platform or row.range is None:
+        return _told(patterns, row.version)
+    found = [patterns[v] for v in row.range.looked_into if v in patterns]
+    return list({id(each): each for each in found}.values())
+
+
+def _with_0003(structure: Structure) -> Structure:
+    """Step-3.5 that tells what it fuses."""
+    layers = {
+        prefix: replace(asked, packed=STEP_PACKED.get(prefix.rpartition(".")[2]))
+        for prefix, asked in structure.layers.items()
+    }
+    return replace(structure, layers=layers)
 
 
 def _native(looked: DryRun, export: Export) -> Structure | None:

@@ -17,7 +17,7 @@ from .findings import Finding
 from .known import Known
 from .opened import Checkpoint, quantization_config
 from .plan import Kind, by_layer, scheme_of
-from .releases import fact, facts_file, releases, without
+from .releases import FORK, fact, facts_file, releases
 from .rules import part_of
 from .verdicts import Judgement
 
@@ -48,7 +48,8 @@ _SHOWN = 600
 @dataclass(frozen=True)
 class Report:
     """What is known of a checkpoint; `deep` and `fix` are what came of --deep and
-    --fix, as for the JSON."""
+    --fix, as for the JSON; `vllm`: the version that --vllm names; `installed`: that of
+    the vLLM beside which this runs."""
 
     checkpoint: Checkpoint
     kinds: list[Kind]
@@ -56,6 +57,8 @@ class Report:
     known: Known | None = None
     deep: dict[str, Any] | None = None
     fix: dict[str, Any] | None = None
+    vllm: str = ""
+    installed: str = ""
 
     @property
     def findings(self) -> list[Finding]:
@@ -104,6 +107,8 @@ def to_json(report: Report) -> dict[str, Any]:
     checkpoint = report.checkpoint
     return {
         "version": VERSION,
+        "vllm": report.vllm or None,
+        "installed": report.installed or None,
         "model": checkpoint.name,
         "architecture": checkpoint.architecture,
         "quantization": quantization(checkpoint),
@@ -257,21 +262,33 @@ def _verdicts(report: Report, console: Console) -> Table:
             f"{report.findings.index(each) + 1} {each.id}" for each in verdict.because
         )
         word = Text(_WORDS[verdict.outcome], _STYLES[verdict.outcome])
-        name = verdict.target
-        name = name if name.startswith("this fork") else f"stock {name}"
-        table.add_row(name, word, _line(because))
+        table.add_row(_name(report, verdict.target), word, _line(because))
     return table
+
+
+def _name(report: Report, target: str) -> Text:
+    """`stock 0.33.0`, and so on."""
+    scope = report.judgement.scope
+    is_fork = target in FORK
+    of_build = next((row for row in scope.rows if target in row.targets), None)
+    is_own = is_fork or (of_build is not None and bool(of_build.patches))
+    name = target if is_own else f"stock {target}"
+    is_first = scope.first == ("fork" if is_fork else of_build and of_build.name)
+    if is_fork and scope.is_one:
+        name += f" on {scope.base}"
+    if is_first and report.installed and not scope.is_one:
+        name += f" ({report.installed} is installed)" if is_fork else " (installed)"
+    return Text(printable(name))
 
 
 def _facts(console: Console) -> Table:
     """What verdicts are told from: which release knows what, and by which patch this
     fork does."""
-    names = [each.name for each in releases()]
+    names = [each.name.replace("-", "-\n") for each in releases()]
     table = _table(console, "what a vLLM does", *names, "this fork")
     for id in facts_file()["fact"]:
         each = fact(id)
-        lacking = without(id)
-        knows = ["no" if name in lacking else "yes" for name in names]
+        knows = ["yes" if each.is_in(one.first) else "no" for one in releases()]
         patch = f"patch {each.patch}" if each.patch else "yes"
         table.add_row(_line(each.says), *knows, patch)
     return table

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
+from .about import installed
 from .checkpoint import CheckpointError, Files, misfit
 from .dry_run import DryRun, dry_run
 from .hub import find
@@ -23,6 +24,7 @@ from .known import know
 from .limits import bounded
 from .opened import CONFIG, Checkpoint, open_checkpoint
 from .plan import make_plan
+from .releases import ALL, Scope, beside, build_of, scope_of
 from .report import (
     UNREADABLE,
     Report,
@@ -35,19 +37,24 @@ from .report import (
 from .verdicts import judge
 
 
-def check(folder: Path, files: Files | None = None, ask: bool = False) -> Report:
-    """The report about a checkpoint, from its headers; `ask`: from what the model of
-    the installed vLLM makes of it, too. Raises CheckpointError."""
+def check(
+    folder: Path,
+    files: Files | None = None,
+    ask: bool = False,
+    scope: Scope = ALL,
+) -> Report:
+    """The report about a checkpoint, from its headers, for the vLLMs in `scope`; `ask`:
+    from what the model of the installed vLLM makes of it, too. Raises
+    CheckpointError."""
     with bounded(folder):
         checkpoint = open_checkpoint(folder, files)
     looked = None
     if ask and checkpoint.export is not None:
         looked = _ask(folder, files, checkpoint)
     with bounded(folder):
-        known = know(checkpoint, looked)
-        return Report(
-            checkpoint, make_plan(checkpoint, known), judge(checkpoint, known), known
-        )
+        known = know(checkpoint, looked, scope)
+        plan = make_plan(checkpoint, known)
+        return Report(checkpoint, plan, judge(checkpoint, known, None, scope), known)
 
 
 def _ask(folder: Path, files: Files | None, checkpoint: Checkpoint) -> DryRun:
@@ -98,7 +105,8 @@ def look_deep(
         from .plot import write_histogram
 
         write_histogram(found.modules, plot, checkpoint.name)
-    judgement = judge(checkpoint, report.known, found.findings)
+    scope = report.judgement.scope
+    judgement = judge(checkpoint, report.known, found.findings, scope)
     return replace(report, judgement=judgement, deep=found.to_json())
 
 
@@ -118,10 +126,24 @@ def fix(report: Report, folder: Path, out: Path, layout: str | None) -> Report:
         "written": written.written,
         "linked": written.linked,
     }
-    return replace(check(out), deep=report.deep, fix=done)
+    written_report = check(out, scope=report.judgement.scope)
+    return replace(written_report, deep=report.deep, fix=done)
+
+
+def _scope(version: str | None, beside_vllm: str) -> tuple[Scope, bool]:
+    """What verdicts are about, and whether the installed vLLM's model tells of it.
+    Raises ValueError."""
+    if version is None:
+        return beside(beside_vllm, has_model()) if beside_vllm else ALL, True
+    scope = scope_of(version)
+    build = build_of(beside_vllm) if beside_vllm else None
+    return scope, build is not None and build.release == scope.base
 
 
 def _report(args: argparse.Namespace) -> Report:
+    vllm = installed()
+    version = "" if vllm is None else vllm.version
+    scope, is_told = _scope(args.vllm, version)
     folder, files = find(args.model, args.revision)
     is_deep = args.deep or args.reference is not None
     if files is not None and (is_deep or args.fix):
@@ -130,12 +152,13 @@ def _report(args: argparse.Namespace) -> Report:
     if args.plot and not args.reference:
         remedy = "give the float model with --reference"
         raise misfit("--plot", "a reference to compare with", "none", remedy)
-    report = check(folder, files, has_model() and not args.no_model)
+    ask = has_model() and not args.no_model and is_told
+    report = check(folder, files, ask, scope)
     if is_deep:
         report = look_deep(report, args.reference, args.plot)
     if args.fix:
         report = fix(report, folder, args.fix, args.fix_layout)
-    return report
+    return replace(report, vllm=args.vllm or "", installed=version)
 
 
 def run(args: argparse.Namespace) -> int:

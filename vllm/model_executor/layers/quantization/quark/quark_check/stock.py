@@ -13,6 +13,7 @@ from typing import Any
 
 from .architectures import Asked, Renames
 from .opened import read_key_value_cache
+from .releases import Row
 from .rules import Config, matches
 
 
@@ -38,9 +39,13 @@ def _names(value: object) -> list[str]:
 
 
 class StockConfig:
-    """A quantization_config as releases read it. `mappers`: the model's renamings."""
+    """A quantization_config as the releases of a row read it. `mappers`: the model's
+    renamings."""
 
-    def __init__(self, config: Config, mappers: Sequence[Renames] = ()) -> None:
+    def __init__(
+        self, config: Config, row: Row, mappers: Sequence[Renames] = ()
+    ) -> None:
+        self._row = row
         read, self.refusal = read_key_value_cache(config)
         # After as many renamings as were made when a layer asks.
         self._renamed: list[Mapping[str, Any]] = [read]
@@ -54,11 +59,16 @@ class StockConfig:
         if asked.packed is not None:
             names = [asked.prefix.replace(last, each) for each in asked.packed]
         exclude = _names(config.get("exclude"))
+        by_expert = self._row.has("expert-names")
+        if asked.kind == "experts" and by_expert and _names_part(asked.prefix, exclude):
+            return Decision()
         ignored = {_is_ignored(name, exclude) for name in names}
+        if self._row.has("own-fused-names") and _is_ignored(asked.prefix, exclude):
+            ignored = {True}
         if len(ignored) > 1:
             return Decision(refusal="some shards of a fused layer are excluded")
         if ignored == {True}:
-            if asked.kind == "experts":
+            if asked.kind == "experts" and not by_expert:
                 return Decision(refusal="excluded experts are taken for a linear layer")
             return Decision()
         found = [_find(name, config) for name in names]
@@ -84,6 +94,12 @@ def _is_ignored(name: str, exclude: Sequence[str]) -> bool:
     return name in exclude or any(
         entry.startswith("re:") and matches(name, entry) for entry in exclude
     )
+
+
+def _names_part(prefix: str, exclude: Sequence[str]) -> bool:
+    """Whether an entry is the layer's name or one of a module in it: a glob, too, that
+    begins so."""
+    return any(each == prefix or each.startswith(f"{prefix}.") for each in exclude)
 
 
 def _find(name: str, config: Mapping[str, Any]) -> Config:

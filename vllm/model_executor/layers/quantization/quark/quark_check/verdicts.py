@@ -9,7 +9,7 @@ from .findings import Finding, worst_first
 from .issues.find import deep_issue, find_issues
 from .known import Known
 from .opened import Checkpoint
-from .releases import FORK, OUTCOMES, Outcome, targets
+from .releases import ALL, FORK, OUTCOMES, Outcome, Scope
 
 # What headers can only suspect; --deep settles it.
 _SUSPICIONS = ("expert-zero-points", "zero-points-stored")
@@ -28,33 +28,55 @@ class Verdict:
 class Judgement:
     findings: list[Finding]
     verdicts: list[Verdict]
+    scope: Scope = ALL
 
     @property
     def is_fine(self) -> bool:
-        """No vLLM answers wrong, and this fork does not refuse it everywhere."""
+        """No vLLM answers wrong, and this fork, or the one vLLM that is asked about,
+        does not refuse it everywhere."""
         refused = {v.target for v in self.verdicts if v.outcome == "refused"}
+        if self.scope.is_one:
+            is_wrong = any(v.outcome == "wrong" for v in self.verdicts)
+            return not is_wrong and not refused.issuperset(self.scope.targets())
         worst = {each.severity for each in self.findings}
         return "wrong" not in worst and not refused.issuperset(FORK)
 
 
 def judge(
-    checkpoint: Checkpoint, known: Known | None, deep: Iterable[Finding] | None = None
+    checkpoint: Checkpoint,
+    known: Known | None,
+    deep: Iterable[Finding] | None = None,
+    scope: Scope = ALL,
 ) -> Judgement:
-    """Everything that the headers tell, and what --deep found in the tensors."""
-    issues = list(find_issues(checkpoint, known))
+    """Everything that the headers tell, and what --deep found in the tensors, of the
+    vLLMs in `scope`."""
+    issues = list(find_issues(checkpoint, known, scope))
     if deep is not None:
         issues = [each for each in issues if each.finding.id not in _SUSPICIONS]
-        issues += map(deep_issue, deep)
+        issues += (deep_issue(each, scope) for each in deep)
+    # Target -> the names under which issues tell of it.
+    told_as = {target: {target} for target in scope.targets()}
+    for row in scope.rows:
+        for target in row.targets:
+            told_as[target].add(row.name)
+    if scope.is_one:
+        named = set().union(*told_as.values())
+        issues = [i for i in issues if not i.outcomes or named & set(i.outcomes)]
     verdicts = []
-    for target in targets():
-        met = {issue.outcomes.get(target, "right") for issue in issues}
-        outcome: Outcome = max(met, key=OUTCOMES.index, default="right")
+    for target, names in told_as.items():
+        met: dict[int, Outcome] = {
+            at: max(found, key=OUTCOMES.index)
+            for at, issue in enumerate(issues)
+            if (found := [v for name, v in issue.outcomes.items() if name in names])
+        }
+        outcome: Outcome = max(met.values(), key=OUTCOMES.index, default="right")
         if checkpoint.export is None and outcome == "right":
             outcome = "unknown"
         because = tuple(
-            issue.finding
-            for issue in issues
-            if outcome != "right" and issue.outcomes.get(target) == outcome
+            issues[at].finding
+            for at, found in met.items()
+            if outcome != "right" and found == outcome
         )
         verdicts.append(Verdict(target, outcome, because))
-    return Judgement(worst_first(issue.finding for issue in issues), verdicts)
+    findings = worst_first(issue.finding for issue in issues)
+    return Judgement(findings, verdicts, scope)

@@ -56,9 +56,10 @@ def completed_exclude(known: Known, one_by_one: bool) -> list[str]:
         singles = [part for part, *_ in stored.parts(name, module)]
         complete += singles if one_by_one and singles else [name]
     complete = list(dict.fromkeys(complete))
-    structures = [each for row in known.releases.values() for each in row]
-    for structure in structures:
-        config = StockConfig({**export.config, "exclude": complete}, structure.mappers)
+    told_by = [(row, each) for row, told in known.releases.items() for each in told]
+    for name, structure in told_by:
+        row, now = known.scope.row(name), {**export.config, "exclude": complete}
+        config = StockConfig(now, row, structure.mappers)
         for asked, layer in layers:
             told = structure.layers.get(asked.prefix)
             if told is None or told.kind != "linear":

@@ -8,7 +8,7 @@ from ..findings import Finding, finding
 from ..known import Known
 from ..opened import Checkpoint, quantization_config
 from ..problems import KINDS
-from ..releases import FORK, on, stock, targets
+from ..releases import ALL, FORK, Scope, on, releases
 from ..weights import int8_with_scales
 from .fork import fork_issues
 from .issue import Issue
@@ -20,17 +20,21 @@ from .unknown import unknown_issues
 _REFUSED_WHEN_READ = ("non-finite", "scale-not-positive", "zero-point-not-zero")
 
 
-def deep_issue(found: Finding) -> Issue:
+def deep_issue(found: Finding, scope: Scope = ALL) -> Issue:
     """What comes of something that --deep found."""
     if found.severity != "wrong":
         return Issue(found, {})
     refused = found.id in _REFUSED_WHEN_READ
     return Issue(
-        found, on(stock(), "wrong") | on(FORK, "refused" if refused else "wrong")
+        found,
+        on(scope.stock(), "wrong") | on(FORK, "refused" if refused else "wrong"),
     )
 
 
-def find_issues(checkpoint: Checkpoint, known: Known | None) -> Iterator[Issue]:
+def find_issues(
+    checkpoint: Checkpoint, known: Known | None, scope: Scope = ALL
+) -> Iterator[Issue]:
+    yield from _release_unknown(scope)
     if "auto_map" in checkpoint.model:
         yield Issue(
             finding(
@@ -55,9 +59,9 @@ def find_issues(checkpoint: Checkpoint, known: Known | None) -> Iterator[Issue]:
             {},
         )
     if checkpoint.problem is not None:
-        yield _config_unreadable(checkpoint.problem)
+        yield _config_unreadable(checkpoint.problem, scope)
     elif known is None:
-        yield from _without_int8(checkpoint)
+        yield from _without_int8(checkpoint, scope)
     else:
         old = too_old(known)
         # What a release makes of a checkpoint that it refuses anyhow is of no interest.
@@ -65,20 +69,36 @@ def find_issues(checkpoint: Checkpoint, known: Known | None) -> Iterator[Issue]:
         yield from fork_issues(known)
         yield from old.values()
         yield from unknown_issues(checkpoint, known, but)
-        yield from scheme_issues(known.int8, but)
+        yield from scheme_issues(known.int8, scope, but)
         yield from release_issues(known, but)
         yield from storage_issues(known, but)
 
 
-def _config_unreadable(problem: ValueError) -> Issue:
+def _release_unknown(scope: Scope) -> Iterator[Issue]:
+    rows = [row for row in scope.rows if not row.version]
+    if rows:
+        ranges = ", ".join(each.name for each in releases())
+        yield Issue(
+            finding(
+                "release-unknown",
+                "note",
+                f"nobody has looked into vLLM {rows[0].name}",
+                f"Known are {ranges}, and builds of this fork on these.",
+                "see what is said of the releases before and after it",
+            ),
+            on((each for row in rows for each in row.targets), "unknown"),
+        )
+
+
+def _config_unreadable(problem: ValueError, scope: Scope) -> Issue:
     kind = KINDS["config-unreadable"]
     return Issue(
         finding(kind.id, "refused", kind.summary, str(problem), kind.remedy),
-        on(targets(), "refused"),
+        on([*scope.stock(), *FORK], "refused"),
     )
 
 
-def _without_int8(checkpoint: Checkpoint) -> Iterator[Issue]:
+def _without_int8(checkpoint: Checkpoint, scope: Scope) -> Iterator[Issue]:
     int8 = [tensor.name for tensor in int8_with_scales(checkpoint.tensors)]
     if int8 and quantization_config(checkpoint.model) is None:
         kind = KINDS["config-lost"]
@@ -91,7 +111,7 @@ def _without_int8(checkpoint: Checkpoint) -> Iterator[Issue]:
                 kind.remedy,
                 int8,
             ),
-            on(stock(), "wrong") | on(FORK, "refused"),
+            on(scope.stock(), "wrong") | on(FORK, "refused"),
         )
         return
     yield Issue(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from ..findings import Severity, finding
 from ..known import Known
 from ..problems import KINDS, Problem
-from ..releases import FORK, FORK_CPU, FORK_GPU, on, stock
+from ..releases import FORK, FORK_CPU, FORK_GPU, on
 from .issue import Issue
 
 # Told of releases by what they do with these very layers, not by the kind of problem.
@@ -24,9 +24,10 @@ def fork_issues(known: Known) -> Iterator[Issue]:
         names = list(dict.fromkeys(each.name for each in problems))
         if kind.severity == "warning":
             # What releases make of it is told by what they do with the very layers.
-            yield Issue(
-                finding(id, "note", kind.summary, kind.why, kind.remedy, names), {}
-            )
+            if known.scope.has_fork:
+                yield Issue(
+                    finding(id, "note", kind.summary, kind.why, kind.remedy, names), {}
+                )
             continue
         outcome = "right" if id in _TOLD_OTHERWISE else kind.stock
         severity: Severity = "wrong" if outcome == "wrong" else "refused"
@@ -34,7 +35,7 @@ def fork_issues(known: Known) -> Iterator[Issue]:
         remedy = problems[0].remedy or kind.remedy
         yield Issue(
             finding(id, severity, kind.summary, why, remedy, names),
-            on(stock(), outcome) | on(FORK, "refused"),
+            on(known.scope.stock(), outcome) | on(FORK, "refused"),
         )
     yield from _load_issues(known)
 
@@ -45,7 +46,7 @@ def _load_issues(known: Known) -> Iterator[Issue]:
     looked, structure = known.looked, known.structure
     if structure is None:
         return
-    if structure.only_text:
+    if structure.only_text and known.scope.has_fork:
         yield _only_text()
     if looked is None or not structure.is_derived:
         if error := structure.refuses(each.name for each in known.int8):

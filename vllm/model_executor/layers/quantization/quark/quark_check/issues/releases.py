@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..architectures import LEAVES, Asked
 from ..findings import finding
 from ..known import Known
-from ..releases import Outcome, fact, listed, on, stock, without
+from ..releases import Outcome, fact, on
 from ..rules import Config, is_int8, is_static, part_of
 from ..stock import Decision, StockConfig
 from ..weights import Stored
@@ -17,7 +17,11 @@ from .issue import Issue
 
 def too_old(known: Known) -> dict[str, Issue]:
     """Fact -> the releases that lack it refuse what the checkpoint has."""
-    kinds: dict[str, list[str]] = {"int8-experts": [], "per-token": []}
+    kinds: dict[str, list[str]] = {
+        "int8-experts": [],
+        "per-token": [],
+        "expert-static": [],
+    }
     for asked, layer in known.layers.values():
         fused = asked.prefix if asked.kind == "experts" else ""
         for each in layer.weights:
@@ -26,27 +30,50 @@ def too_old(known: Known) -> dict[str, Issue]:
             if is_int8(config):
                 if fused:
                     kinds["int8-experts"].append(each.module)
+                    if is_static(config or {}):
+                        kinds["expert-static"].append(each.module)
                 elif not is_static(config or {}):
                     kinds["per-token"].append(each.module)
-    what = {
-        "int8-experts": "INT8 experts",
-        "per-token": "INT8 layers with activations per token",
-    }
-    return {
-        id: Issue(
+    found: dict[str, Issue] = {}
+    but: set[str] = set()
+    for id, names in kinds.items():
+        lacking = known.scope.without(id, but if id == "expert-static" else ())
+        if not names or not lacking:
+            continue
+        summary, why = TOO_OLD[id]
+        # Experts need both.
+        needed = "expert-static" if kinds["expert-static"] else id
+        found[id] = Issue(
             finding(
                 f"{id}-unknown",
                 "refused",
-                f"vLLM {listed(without(id))} knows no {what[id]}",
-                "It ends with an error while the model is built.",
-                f"vLLM {fact(id).since} or later, or this fork",
+                f"vLLM {known.scope.listed(lacking)} {summary}",
+                why,
+                f"{fact(needed).remedy}this fork",
                 names,
             ),
-            on(without(id), "refused"),
+            on(lacking, "refused"),
         )
-        for id, names in kinds.items()
-        if names
-    }
+        but.update(lacking)
+    return found
+
+
+# Fact -> what a release without it does with what needs it, and how.
+TOO_OLD = {
+    "int8-experts": (
+        "knows no INT8 experts",
+        "It ends with an error while the model is built.",
+    ),
+    "per-token": (
+        "knows no INT8 layers with activations per token",
+        "It ends with an error while the model is built.",
+    ),
+    "expert-static": (
+        "does not run experts with static activations",
+        "It ends with an error when the model first runs: 'NoneType' object has no "
+        "attribute 'is_monolithic'.",
+    ),
+}
 
 
 # What a release does with a layer -> how bad it is, and the finding's texts.
@@ -69,8 +96,10 @@ WRONG = {
     ),
     "exclude-experts": (
         "would read experts that exclude names as INT8: garbage",
-        "It fuses the experts under one name, which exclude does not have.",
-        "this fork: patch 0008",
+        "It fuses the experts under one name, which exclude does not have; from 0.26.0 "
+        "on it finds them by their full names.",
+        "this fork: patch 0008; or, from vLLM 0.26.0 on, full names in exclude in "
+        "config.json (--fix does)",
     ),
     "float-not-excluded": (
         "would read {what} as INT8: garbage",
@@ -140,7 +169,9 @@ def release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
         if row in but:
             continue
         for structure in structures:
-            config = StockConfig(known.export.config, structure.mappers)
+            config = StockConfig(
+                known.export.config, known.scope.row(row), structure.mappers
+            )
             if config.refusal:
                 note("config-unread", "refused", row, [])
                 refusals["config-unread"] = config.refusal
@@ -159,9 +190,9 @@ def release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
                 if told := _told(known, config, decision, asked, weights, own):
                     note(*told, row, [each.module for each in weights])
     for (id, outcome), by_row in found.items():
-        rows = [row for row in stock() if row in by_row]
+        rows = [row for row in known.scope.stock() if row in by_row]
         names = list(dict.fromkeys(n for each in by_row.values() for n in each))
-        old = f"vLLM {listed(rows)}"
+        old = f"vLLM {known.scope.listed(rows)}"
         if outcome == "wrong":
             summary, why, remedy = WRONG[id]
             summary = f"{old} {summary}"

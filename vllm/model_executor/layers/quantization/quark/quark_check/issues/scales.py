@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from ..findings import finding
 from ..known import Int8, Known
-from ..releases import FORK, FORK_GPU, fact, listed, on, stock, without
+from ..releases import FORK, FORK_GPU, Scope, fact, on
 from ..rules import is_static, part_of
 from ..weights import COMPANIONS, INPUT_ZERO_POINT, SCALE, ZERO_POINT
 from .issue import Issue
 
 
-def scheme_issues(int8: list[Int8], but: set[str]) -> Iterator[Issue]:
+def scheme_issues(int8: list[Int8], scope: Scope, but: set[str]) -> Iterator[Issue]:
     static_channels, tensor_scales, asymmetric = [], [], []
     for each in int8:
         weight = part_of(each.config, "weight")
@@ -27,30 +27,40 @@ def scheme_issues(int8: list[Int8], but: set[str]) -> Iterator[Issue]:
         is_stored = INPUT_ZERO_POINT in each.stored.companions
         if each.is_experts and is_asymmetric and is_stored:
             asymmetric.append(f"{each.name}.{INPUT_ZERO_POINT}")
-    if tensor_scales:
-        old = without("expert-tensor-scales", but)
+    experts = [each.name for each in int8 if each.is_experts]
+    floats = scope.without("expert-int8-activations", but)
+    # Of many releases it is no news.
+    if experts and scope.is_one and floats:
+        yield _float_activations(floats[0], experts)
+    old = scope.without("expert-tensor-scales", but)
+    if tensor_scales and old:
         yield Issue(
             finding(
                 "expert-tensor-scales",
                 "wrong",
                 "experts with one scale a tensor and activations per token",
-                f"vLLM {listed(old)} gives every expert the first expert's scale, on "
-                "GPUs, without a word: garbage.",
-                "this fork: patch 0009 gives each expert its own",
+                f"vLLM {scope.listed(old)} gives every expert the first expert's "
+                "scale, on GPUs, without a word: garbage.",
+                f"{fact('expert-tensor-scales').remedy}this fork: patch 0009 gives "
+                "each expert its own",
                 tensor_scales,
             ),
             on(old, "wrong"),
         )
-    if static_channels:
-        old = without("expert-static-refusal", but)
+    old = scope.without("expert-static-refusal", but)
+    if static_channels and (old or scope.has_fork):
+        kernel = (
+            f"The Triton kernel of vLLM {scope.listed(old)} takes scales of other "
+            "channels: garbage. "
+        )
         yield Issue(
             finding(
                 "expert-static-channels",
                 "wrong",
                 "experts with one scale a channel and static activations",
-                f"The Triton kernel of vLLM {listed(old)} takes scales of other "
-                "channels: garbage. This fork refuses it on GPUs (patch 0028) but "
-                "Hopper (patch 0012), and computes it there and on CPUs (patch 0007).",
+                (kernel if old else "")
+                + "This fork refuses it on GPUs (patch 0028) but Hopper (patch 0012), "
+                "and computes it there and on CPUs (patch 0007).",
                 "export with dynamic activations or per-tensor weights, or run this "
                 "fork on a Hopper GPU or a CPU",
                 static_channels,
@@ -69,8 +79,23 @@ def scheme_issues(int8: list[Int8], but: set[str]) -> Iterator[Issue]:
                 "export the checkpoint again with symmetric activations",
                 asymmetric,
             ),
-            on(stock(), "wrong") | on(FORK, "refused"),
+            on(scope.stock(), "wrong") | on(FORK, "refused"),
         )
+
+
+def _float_activations(release: str, experts: list[str]) -> Issue:
+    return Issue(
+        finding(
+            "expert-float-activations",
+            "note",
+            f"vLLM {release} does not quantize the activations of experts",
+            "It multiplies INT8 weights with them in the model's dtype: no answer is "
+            "wrong for that, and INT8 would be faster.",
+            "nothing to do; another release or this fork, to be faster",
+            experts,
+        ),
+        {},
+    )
 
 
 def storage_issues(known: Known, but: set[str]) -> Iterator[Issue]:
@@ -90,44 +115,46 @@ def storage_issues(known: Known, but: set[str]) -> Iterator[Issue]:
                 vectors.append(tensor.name)
         if ZERO_POINT in each.stored.companions:
             zero_points.append(each.stored.companions[ZERO_POINT].name)
-    if linear:
-        old = without("linear-columns", but)
+    scope = known.scope
+    old = scope.without("linear-columns", but)
+    if linear and old:
         yield Issue(
             finding(
                 "scale-columns",
                 "refused",
                 "scales of linear layers stored as columns [N, 1]",
-                f"vLLM {listed(old)} expects [N] and ends with an assertion that names "
-                "nothing.",
-                f"vLLM {fact('linear-columns').since} or later, or this fork: patch "
-                "0001; or store them as [N] (--fix does)",
+                f"vLLM {scope.listed(old)} expects [N] and ends with an assertion that "
+                "names nothing.",
+                f"{fact('linear-columns').remedy}this fork: patch 0001; or store them "
+                "as [N] (--fix does)",
                 linear,
             ),
             on(old, "refused"),
         )
-    if experts:
-        old = without("stored-expert-columns", but)
+    old = scope.without("stored-expert-columns", but)
+    if experts and old:
         yield Issue(
             finding(
                 "expert-scale-columns",
                 "refused",
                 "scales of experts stored as columns [N, 1]",
-                f"vLLM {listed(old)} ends with a RuntimeError while it loads them.",
+                f"vLLM {scope.listed(old)} ends with a RuntimeError while it loads "
+                "them.",
                 "this fork: patch 0010; or store them as [N] (--fix does)",
                 experts,
             ),
             on(old, "refused"),
         )
-    if vectors:
-        old = without("expert-columns", but)
+    old = scope.without("expert-columns", but)
+    if vectors and old:
         yield Issue(
             finding(
                 "expert-scale-vectors",
                 "note",
                 "scales of experts are vectors [N], as Quark writes them",
-                f"vLLM {listed(old)} hands them to its kernels as [E, N], later ones "
-                "and this fork (patch 0002) as [E, N, 1]. The Triton kernel reads the "
-                "same numbers from both.",
+                f"vLLM {scope.listed(old)} hands them to its kernels as [E, N], later "
+                "ones and this fork (patch 0002) as [E, N, 1]. The Triton kernel reads "
+                "the same numbers from both.",
                 "nothing to do",
                 vectors,
             ),

@@ -5,10 +5,10 @@
 import os
 from collections.abc import Iterator
 
-from ..findings import finding
+from ..findings import Finding, finding
 from ..known import Known
 from ..opened import Checkpoint
-from ..releases import FORK, FORK_CPU, listed, on, stock, targets
+from ..releases import FORK, FORK_CPU, on, range_of
 from ..rules import is_int8
 from .issue import Issue
 
@@ -43,10 +43,11 @@ def unknown_issues(
         )
     lacking = [
         row
-        for row in stock()
+        for row in known.scope.stock()
         if row not in but
         and (
             row not in known.releases
+            or row in known.untold
             or any(each.unknown(known.export.tensors) for each in known.releases[row])
         )
     ]
@@ -55,13 +56,14 @@ def unknown_issues(
             finding(
                 "releases-unknown",
                 "note",
-                f"what vLLM {listed(lacking)} makes of it is not known",
+                f"what vLLM {known.scope.listed(lacking)} makes of it is not known",
                 "Of those releases nothing, or not all, is known of this architecture.",
                 "nothing to do",
             ),
             on(lacking, "unknown"),
         )
     yield from _cpu_issues(known)
+    yield from _stock_cpu_issues(known, but)
     others = [
         stored.weight.name
         for _, layer in known.layers.values()
@@ -78,7 +80,7 @@ def unknown_issues(
                 "nothing to do",
                 others,
             ),
-            on(targets(), "unknown"),
+            on([*known.scope.stock(), *FORK], "unknown"),
         )
 
 
@@ -90,16 +92,7 @@ def _cpu_issues(known: Known) -> Iterator[Issue]:
     is_told = structure.is_derived or os.environ.get("VLLM_MLA_DISABLE", "0") != "1"
     is_here = known.looked is None or known.looked.platform == "cpu"
     for each in structure.lacks_on_cpu if is_told and is_here else ():
-        yield Issue(
-            finding(
-                "platform-lacks",
-                "refused",
-                "this platform cannot compute the model's attention",
-                each,
-                "VLLM_MLA_DISABLE=1, for models with multi-head latent attention",
-            ),
-            on([FORK_CPU], "refused"),
-        )
+        yield Issue(_platform_lacks(each), on([FORK_CPU], "refused"))
     if not known.cpu:
         yield Issue(
             finding(
@@ -110,4 +103,53 @@ def _cpu_issues(known: Known) -> Iterator[Issue]:
                 "see docs/families.md for those that were run",
             ),
             on([FORK_CPU], "unknown"),
+        )
+
+
+def _platform_lacks(said: str) -> Finding:
+    return finding(
+        "platform-lacks",
+        "refused",
+        "this platform cannot compute the model's attention",
+        said,
+        "VLLM_MLA_DISABLE=1, for models with multi-head latent attention",
+    )
+
+
+def _stock_cpu_issues(known: Known, but: set[str]) -> Iterator[Issue]:
+    """What releases make of it on a CPU, of those that have a verdict of their own
+    there."""
+    rows = [row for row in known.scope.known if row.by_platform and row.name not in but]
+    experts = [each.name for each in known.int8 if each.is_experts]
+    refusing = [row for row in rows if not row.has("cpu-experts")] if experts else []
+    if refusing:
+        yield Issue(
+            finding(
+                "cpu-experts",
+                "refused",
+                "INT8 experts, which releases do not run on a CPU",
+                f"vLLM {refusing[0].name} ends with an error there when it loads the "
+                "model, or at its first token.",
+                "a GPU; or this fork: patch 0007",
+                experts,
+            ),
+            on((row.on_cpu for row in refusing), "refused"),
+        )
+    seen = {each.name for v in known.stock_cpu if (each := range_of(v))}
+    unseen = [row for row in rows if row.range and row.range.name not in seen]
+    for row in unseen:
+        for structure in known.releases.get(row.name, ()):
+            for lack in structure.lacks_on_cpu:
+                yield Issue(_platform_lacks(lack), on([row.on_cpu], "refused"))
+    unseen = [row for row in unseen if row not in refusing]
+    if unseen:
+        yield Issue(
+            finding(
+                "cpu-unknown",
+                "note",
+                f"nobody has seen vLLM {unseen[0].name} run this architecture on a CPU",
+                "Upstream's CPU platform lacks some models' layers.",
+                "see docs/quark-check.md for those that were run",
+            ),
+            on((row.on_cpu for row in unseen), "unknown"),
         )
