@@ -115,7 +115,8 @@ def static_ends(trees: Trees) -> bool:
     asks = asked is not None and "self.experts_cls.is_monolithic()" in ast.unparse(
         asked
     )
-    return has_none and asks and "is_monolithic" not in ast.unparse(method or asked)
+    own = method is not None and "is_monolithic" in ast.unparse(method)
+    return has_none and asks and not own
 
 
 def has_int8_activations(trees: Trees) -> bool:

@@ -4,7 +4,7 @@
 right; for releases whose oracle chooses among such kernels on a CPU, too."""
 
 import torch
-import vllm.model_executor.layers.fused_moe.cpu_unquantized_moe  # noqa: F401, the op
+import vllm.model_executor.layers.fused_moe.cpu_torch_experts  # noqa: F401, the op
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (

@@ -61,7 +61,7 @@ def _start_process_groups(config: "VllmConfig") -> None:
         return
     # As if the model had experts: one that is asked later may have some.
     config = copy(config)
-    config.model_config = None  # type: ignore[assignment]
+    config.model_config = None
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(config):
         parallel_state.init_distributed_environment(
             world_size=1,

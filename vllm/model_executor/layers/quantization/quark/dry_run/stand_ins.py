@@ -125,11 +125,8 @@ def _or_triton(module: Any, name: str, backends: str) -> Generator[None, None, N
         try:
             return select(*args, **kwargs)
         except NotImplementedError:
-            from vllm.model_executor.layers.fused_moe.experts.triton_moe import (
-                TritonExperts,
-            )
-
-            return select.__globals__[backends].TRITON, TritonExperts
+            triton = select.__globals__[backends].TRITON
+            return triton, select.__globals__["backend_to_kernel_cls"](triton)[0]
 
     with in_place_of(module, name, selected):
         yield
