@@ -53,9 +53,9 @@ def test_verdict_is_what_was_measured(version, platform, row, tmp_path: Path):
     expected = WORDS[row["outcome"]]
     told = architecture(row["architecture"])
     assert told is not None
-    # What stock does not answer right unquantized either is no matter of an export.
-    is_others = row.get("unquantized", "right") != "right"
-    if version in told.untold or is_others:
+    if row.get("unquantized", "right") != "right":
+        pytest.skip("stock does not answer the unquantized model right either")
+    if version in told.untold:
         assert verdict.outcome in (expected, "unknown")
     else:
         assert verdict.outcome == expected, verdict.because

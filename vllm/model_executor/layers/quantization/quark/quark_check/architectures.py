@@ -23,6 +23,8 @@ from .dry_run import Module, Pass, is_structure
 FILE = Path(__file__).with_name("architectures.json")
 # How an error begins that no vLLM raises: a loader that leaves parameters unfilled.
 LEAVES = "the loader leaves"
+# What a loader's error is about.
+_NAMED = re.compile(r"named '([\w.]+)'|([\w.]+\.weight)(?:_scale)?\b")
 # Kinds of layers that a Quark config is asked about.
 ASKED = ("linear", "experts")
 
@@ -112,8 +114,10 @@ class Structure:
 
     def refuses(self, int8: Iterable[str]) -> str:
         """`int8_error`, where it is about one of these INT8 modules of a checkpoint."""
-        named = re.search(r"([\w.]+)\.weight(_scale)?\b", self.int8_error)
-        last = named[1].rpartition(".")[2] if named else ""
+        named = _NAMED.search(self.int8_error)
+        name = (named[1] or named[2]) if named else ""
+        name = name.removesuffix("_scale").removesuffix(".weight")
+        last = name.rpartition(".")[2]
         is_about = any(not last or name.rpartition(".")[2] == last for name in int8)
         return self.int8_error if is_about else ""
 

@@ -160,6 +160,12 @@ def release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
     # (finding, "wrong" or "refused") -> release -> names of modules; refusals by id.
     found: dict[tuple[str, Outcome], dict[str, list[str]]] = {}
     refusals: dict[str, str] = {}
+    # Those, too, of which this fork's model does not know where they go.
+    int8 = [
+        tensor.name.removesuffix(".weight")
+        for tensor in known.export.tensors.values()
+        if tensor.dtype == "I8" and tensor.name.endswith(".weight")
+    ]
 
     def note(id: str, outcome: Outcome, row: str, names: Iterable[str]) -> None:
         by_row = found.setdefault((id, outcome), {})
@@ -176,7 +182,7 @@ def release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
                 note("config-unread", "refused", row, [])
                 refusals["config-unread"] = config.refusal
                 continue
-            if error := structure.refuses(each.name for each in known.int8):
+            if error := structure.refuses(int8):
                 id = "model-does-not-load"
                 outcome: Outcome = "wrong" if error.startswith(LEAVES) else "refused"
                 note(id, outcome, row, [])
