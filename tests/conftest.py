@@ -35,6 +35,9 @@ if not HAS_GPU:
 
         # From 0.23.0 a vLLM for CPUs drops a Triton without a back end of that name.
         backends.setdefault("cpu", SimpleNamespace(driver=None))
+    if not torch.accelerator.is_available():
+        # As vLLM's runner for CPUs does: a CPU build of torch has no accelerator.
+        torch.accelerator.empty_cache = lambda: None
 
 # Examples a property. Fixtures are ranks to pretend and configs, which keep no example.
 for name, max_examples in (("ci", 200), ("nightly", 2500)):
