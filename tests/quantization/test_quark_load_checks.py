@@ -28,6 +28,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_utils import get_quant_config
 
+from tests.moe_layers import ExpertsModule
 from tests.platforms import pretended
 from tests.quantization.exports import PER_EXPERT, STACKED, Export, load_model
 from tests.quantization.utils import poison
@@ -38,6 +39,10 @@ ATTENTION = "model.layers.2.self_attn"
 MOE = "model.layers.2.moe"
 SHARED = "model.layers.2.share_expert"
 DENSE = "model.layers.0.mlp"
+# The module that holds the experts' weights: from 0.24.0 inside a runner.
+HELD = f"{MOE}.experts" + (
+    "" if ExpertsModule.__name__ == "FusedMoE" else ".routed_experts"
+)
 
 Edit = Callable[[Export], None]
 
@@ -196,7 +201,7 @@ def test_short_scales_load_as_their_value(dtype, write):
         Export(STACKED).tensors[f"{MOE}.down_proj.weight_scale"].to(dtype).float()
     )
     found = state(load_model(write(STACKED, shorten)))
-    assert torch.equal(found[f"{MOE}.experts.w2_weight_scale"][..., 0].cpu(), expected)
+    assert torch.equal(found[f"{HELD}.w2_weight_scale"][..., 0].cpu(), expected)
 
 
 def test_excluded_experts_stay_as_they_are(write):
@@ -209,7 +214,7 @@ def test_excluded_experts_stay_as_they_are(write):
         export.quark["exclude"].append(f"{MOE}.experts.*")
 
     model = load_model(write(STACKED, dequantize))
-    weight = dict(model.named_parameters())[f"{MOE}.experts.w2_weight"]
+    weight = dict(model.named_parameters())[f"{HELD}.w2_weight"]
     assert weight.dtype == torch.bfloat16
 
 
@@ -321,6 +326,8 @@ def warnings(monkeypatch):
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_export_loads_the_same_with_one_warning(name, write, tmp_path, warnings):
+    if "key/value cache" in name and hasattr(QuarkConfig, "get_cache_scale_mapper"):
+        pytest.skip("this release takes the scale")
     export, edit, kind, seen = ODD[name]
     expected = state(load_model(Export(export).write(tmp_path / "plain")))
     assert not warnings
@@ -333,7 +340,7 @@ def test_odd_export_loads_the_same_with_one_warning(name, write, tmp_path, warni
 
 def test_channel_of_zeros_needs_no_scale(write, warnings):
     model = load_model(write(STACKED, with_a_dead_channel))
-    scales = dict(model.named_parameters())[f"{MOE}.experts.w13_weight_scale"]
+    scales = dict(model.named_parameters())[f"{HELD}.w13_weight_scale"]
     assert scales[3, 64 + 5] == 0
     [warning] = warnings
     assert "zero-channels" in warning and f"{MOE}.up_proj.weight_scale" in warning
@@ -379,7 +386,7 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "no scale of the experts": (drop(DOWN_SCALE), (DOWN_SCALE, "no such tensor")),
     "no weight beside a scale": (
         drop(f"{MOE}.down_proj.weight"),
-        (f"{MOE}.experts.w2_weight", "found none"),
+        (f"{HELD}.w2_weight", "found none"),
     ),
     **{
         f"scale {value}": (
@@ -442,7 +449,7 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "half of the experts' first product": (
         drop(f"{MOE}.up_proj.weight", f"{MOE}.up_proj.weight_scale"),
-        (f"{MOE}.experts.w13_weight", "found"),
+        (f"{HELD}.w13_weight", "found"),
     ),
     "rows of a linear layer": (
         both(
@@ -601,7 +608,7 @@ REFUSED_EXPERTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "no projection": (
         drop(f"{EXPERT}.up_proj.weight", f"{EXPERT}.up_proj.weight_scale"),
-        (f"{MOE}.experts.w13_weight", "the first gap is at index 5"),
+        (f"{HELD}.w13_weight", "the first gap is at index 5"),
     ),
     "scale 0": (
         set_value(f"{EXPERT}.up_proj.weight_scale", 0),

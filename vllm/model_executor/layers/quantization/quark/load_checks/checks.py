@@ -171,6 +171,9 @@ def checks_of(model: nn.Module, model_config: ModelConfig) -> Checks | None:
         checks.rename(mapper)
     packed = getattr(model, "packed_modules_mapping", None) or {}
     for name, module in model.named_modules():
+        if isinstance(module, ExpertsLayer):
+            # Newer releases hold it in a runner, by whose name it asks.
+            name = getattr(module, "layer_name", name)
         checks.layer(module, name, packed)
     return checks
 
