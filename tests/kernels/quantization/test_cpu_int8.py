@@ -318,20 +318,13 @@ def test_linear_kernel_of(cpu, monkeypatch):
     monkeypatch.setattr(ops, "_supports_onednn", has_onednn)
     monkeypatch.setattr(cpu_exact, "has_exact_int8_dot", lambda: is_exact)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    config = Int8ScaledMMLinearLayerConfig(False, True, True)
-    chosen = linear.choose_scaled_mm_linear_kernel(
-        config, linear._POSSIBLE_INT8_KERNELS
-    )
-    assert chosen is expected
+    assert type(linear.init_int8_linear_kernel(True, False, True, "a test")) is expected
 
 
 @pytest.mark.usefixtures("no_upstream_kernel")
 def test_linear_with_asymmetric_activations_is_left_to_upstream():
-    config = Int8ScaledMMLinearLayerConfig(True, True, input_symmetric=False)
-    chosen = linear.choose_scaled_mm_linear_kernel(
-        config, linear._POSSIBLE_INT8_KERNELS
-    )
-    assert chosen is CPUInt8ScaledMMLinearKernel
+    chosen = linear.init_int8_linear_kernel(True, True, False, "a test")
+    assert type(chosen) is CPUInt8ScaledMMLinearKernel
 
 
 def test_other_platforms_keep_their_kernels(monkeypatch):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.kernels import int8_triton, linear
 from vllm.model_executor.kernels.linear.scaled_mm import (
@@ -23,9 +23,8 @@ from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
     choose_tiles,
     run_int8_linear,
 )
-from vllm.model_executor.layers.quantization.quark.schemes.quark_w8a8_int8 import (
-    QuarkW8A8Int8,
-)
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 
 from tests.kernels.utils import DEVICE, GPU, interpreted
 from tests.platforms import pretended
@@ -254,12 +253,19 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return apply
 
 
-def kernel_of_quarks_layer(symmetric: bool = True) -> str:
-    scheme = QuarkW8A8Int8("per_channel", False, symmetric)
-    scheme.create_weights(
-        nn.Module(), [32], 64, torch.bfloat16, nn.Linear(1, 1).forward
-    )
-    return type(scheme.kernel).__name__
+@pytest.fixture
+def kernel_of_quarks_layer(vllm_config: VllmConfig, quark_dict) -> Callable[..., str]:
+    def build(symmetric: bool = True) -> str:
+        layer = ReplicatedLinear(
+            64,
+            32,
+            bias=False,
+            quant_config=QuarkConfig.from_config(quark_dict(symmetric=symmetric)),
+            prefix="model.layers.0.proj",
+        )
+        return type(layer.scheme.kernel).__name__
+
+    return build
 
 
 @pytest.mark.parametrize(
@@ -276,7 +282,7 @@ def test_quarks_layers_take_it_on_hopper(
     symmetric: bool,
     found: str,
     pretend: Callable[[int, int], None],
-    vllm_config: VllmConfig,
+    kernel_of_quarks_layer: Callable[..., str],
 ) -> None:
     """Where it was measured, for the activations that it quantizes."""
     pretend(*capability)
@@ -294,7 +300,7 @@ def test_layers_of_other_formats_keep_upstreams(
 
 def test_is_not_chosen_where_batches_are_not_to_matter(
     pretend: Callable[[int, int], None],
-    vllm_config: VllmConfig,
+    kernel_of_quarks_layer: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It rounds halves of steps otherwise than upstream's for more tokens."""
@@ -310,7 +316,7 @@ def test_it_can_be_put_aside(
     disabled: str,
     found: str,
     pretend: Callable[[int, int], None],
-    vllm_config: VllmConfig,
+    kernel_of_quarks_layer: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With CUTLASS too, which it calls for more tokens."""
