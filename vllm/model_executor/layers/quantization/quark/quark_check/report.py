@@ -17,7 +17,7 @@ from .findings import Finding
 from .known import Known
 from .opened import Checkpoint, quantization_config
 from .plan import Kind, by_layer, scheme_of
-from .releases import FORK, fact, facts_file, releases
+from .releases import BASE, FORK, fact, facts_file, releases
 from .rules import part_of
 from .verdicts import Judgement
 
@@ -289,7 +289,8 @@ def _facts(console: Console) -> Table:
     for id in facts_file()["fact"]:
         each = fact(id)
         knows = ["yes" if each.is_in(one.first) else "no" for one in releases()]
-        patch = f"patch {each.patch}" if each.patch else "yes"
+        has_it = not each.patch or each.is_in(BASE)
+        patch = "yes" if has_it else f"patch {each.patch}"
         table.add_row(_line(each.says), *knows, patch)
     return table
 
