@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import vllm.model_executor.layers.fused_moe.experts.triton_int8_moe  # noqa: F401
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
@@ -37,12 +38,16 @@ def test_scheme_that_no_kernel_reads_is_refused(
     vllm_config: VllmConfig, quark_dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stock's Triton kernel took scales of other channels, in silence."""
-    build(quark_dict())  # which imports the kernels' modules
+    build(quark_dict())  # which imports the modules of the other kernels
     vllm_config.compilation_config.static_forward_context.clear()
     gpu = pretended.cuda(8, 0)
     for module in [m for n, m in sys.modules.items() if ".fused_moe.experts." in n]:
         if hasattr(module, "current_platform"):
             monkeypatch.setattr(module, "current_platform", gpu)
     monkeypatch.setattr(mk, "current_platform", gpu, raising=False)
+    # Which the fork's own kernels ask whether this is a Hopper GPU.
+    int8_triton = sys.modules.get("vllm.model_executor.kernels.int8_triton")
+    if int8_triton is not None:
+        monkeypatch.setattr(int8_triton, "current_platform", gpu)
     with pytest.raises(NotImplementedError, match=f"{LAYER}: .*scales of other"):
         build(quark_dict(static=True))
