@@ -8,6 +8,7 @@ from unittest.mock import patch
 from triton import JITFunction
 
 from tests.groups import has_group
+from tests.moe_layers import plain_name
 
 # What launches the fork's own kernels: of the INT8 MoE, of INT8 linear layers of few
 # tokens, of attention's gate with more of them, of its queries and keys.
@@ -78,5 +79,8 @@ class Watched:
         return model.physical_to_logical_map.tolist()
 
     def parameter(self, name: str) -> list:
-        """A parameter's numbers on this worker."""
-        return self.model_runner.get_model().get_parameter(name).tolist()
+        """A parameter's numbers on this worker; of experts by the name where a layer of
+        them is one module."""
+        model = self.model_runner.get_model()
+        names = {plain_name(own): own for own, _ in model.named_parameters()}
+        return model.get_parameter(names[name]).tolist()
