@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -13,9 +14,14 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.quark.quark import (
     QuarkConfig,
+    QuarkKVCacheMethod,
     QuarkLinearMethod,
 )
 from vllm.model_executor.layers.quantization.quark.utils import should_ignore_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.utils import configure_quant_config
 from vllm.model_executor.models.step3p5 import Step3p5ForCausalLM
 
@@ -105,6 +111,19 @@ def test_experts_that_are_excluded_one_by_one(vllm_config: VllmConfig, quark_dic
     of = QuarkConfig.from_config(quark_dict(exclude=tuple(excluded)))
     layer = make_experts(4, 2, 64, 32, quant_config=of, prefix=f"{LAYER}.moe.experts")
     assert layer.w13_weight.dtype is torch.bfloat16
+
+
+@AS_QUARK
+def test_globs_mean_modules_of_the_checkpoint(vllm_config: VllmConfig, quark_dict):
+    """Not the embedding, which takes no other method, nor the layer that vLLM keeps
+    keys and values in."""
+    exclude = ("*embed*", "*self_attn*")
+    of = QuarkConfig.from_config(quark_dict(exclude=exclude))
+    embedding = VocabParallelEmbedding(64, 32, quant_config=of, prefix="model.embed")
+    assert isinstance(embedding.quant_method, UnquantizedEmbeddingMethod)
+    attention = Attention.__new__(Attention)
+    method = of.get_quant_method(attention, f"{LAYER}.self_attn.attn")
+    assert isinstance(method, QuarkKVCacheMethod)
 
 
 @pytest.mark.parametrize("fused", FUSED)

@@ -129,6 +129,8 @@ def select_quark_int8_backend(
         found, reasons = _first_that_serves(own, moe_config, weight_key, activation_key)
         if found is not None:
             return int8.Int8MoeBackend.TRITON, found
+    if is_static and backend not in ("auto", "triton", "quark_int8"):
+        reasons.append(f"{backend} reads no static activations; take auto")
     if is_static or backend == "quark_int8":
         raise _no_kernel(layer_name, weight_key, activation_key, backend, reasons)
     try:
