@@ -14,14 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.fused_moe import (
-    FusedMoE,
-    UnquantizedFusedMoEMethod,
-    cpu_fused_moe,
-    cpu_unquantized_moe,
-)
+from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
+
+from tests.moe_layers import experts_of, make_moe
+
+cpu_fused_moe: Any = pytest.importorskip(
+    "vllm.model_executor.layers.fused_moe.cpu_fused_moe",
+    reason="this release's oracle chooses unquantized experts on a CPU, too: "
+    "CpuUnquantizedExperts serves there, not cpu_unquantized_moe",
+)
+from vllm.model_executor.layers.fused_moe import cpu_unquantized_moe  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not current_platform.is_cpu(), reason="needs a vLLM built for CPUs"
@@ -162,14 +166,14 @@ def make_batch(case: Case, rng: torch.Generator, num_tokens: int = 19) -> Batch:
     )
 
 
-def build(case: Case, weights: Weights) -> FusedMoE:
+def build(case: Case, weights: Weights) -> Any:
     """The layer that a model would build, with these weights loaded."""
     grouped = {}
     if case.groups is not None:
         grouped = dict(
             zip(("num_expert_group", "topk_group"), case.groups, strict=True)
         )
-    layer = FusedMoE(
+    moe = make_moe(
         num_experts=NUM_EXPERTS,
         top_k=case.top_k,
         hidden_size=case.hidden,
@@ -190,6 +194,7 @@ def build(case: Case, weights: Weights) -> FusedMoE:
         prefix=LAYER,
         **grouped,
     )
+    layer = experts_of(moe)
     assert isinstance(layer.quant_method, UnquantizedFusedMoEMethod)
     held = list(range(NUM_EXPERTS))
     if case.expert_map is not None:
@@ -201,15 +206,18 @@ def build(case: Case, weights: Weights) -> FusedMoE:
             values = getattr(weights, name.removesuffix("_weight"))[held]
             setattr(layer, name, torch.nn.Parameter(values, requires_grad=False))
     layer.quant_method.process_weights_after_loading(layer)
-    return layer
+    return moe
 
 
-def run(layer: FusedMoE, batch: Batch) -> Tensor:
+def run(moe: Any, batch: Batch) -> Tensor:
     """What the model's runner makes of a batch, which it may overwrite."""
-    _, out = layer.runner._apply_quant_method(
-        layer, batch.x.clone(), batch.logits.clone(), None, batch.input_ids
+    runner = getattr(moe, "runner", moe)
+    # Which holds the experts, or is given them.
+    given = () if hasattr(runner, "routed_experts") else (moe,)
+    _, out = runner._apply_quant_method(
+        *given, batch.x.clone(), batch.logits.clone(), None, batch.input_ids
     )
-    return layer.runner._maybe_add_zero_expert_output(out)
+    return runner._maybe_add_zero_expert_output(out)
 
 
 def route(case: Case, weights: Weights, batch: Batch) -> tuple[Tensor, list[list[int]]]:
@@ -334,13 +342,18 @@ def test_no_tokens(width: int, rng: torch.Generator) -> None:
     assert run(layer, make_batch(case, rng, num_tokens=0)).shape == (0, case.hidden)
 
 
-def test_upstream_keeps_what_it_applies_right(rng: torch.Generator) -> None:
-    """Its grouped product, of whatever router."""
+def test_upstream_keeps_what_it_applies_right(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its grouped product, of whatever router; of float32 on CPUs without AMX."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     upstreams = {
         name
         for name, case in CASES.items()
         if isinstance(
-            build_anew(case, make_weights(case, rng)).quant_method.cpu_fused_moe,
+            experts_of(
+                build_anew(case, make_weights(case, rng))
+            ).quant_method.cpu_fused_moe,
             cpu_fused_moe.CPUFusedMOE,
         )
     }
@@ -354,7 +367,7 @@ def test_upstream_keeps_what_it_applies_right(rng: torch.Generator) -> None:
     }
 
 
-def build_anew(case: Case, weights: Weights) -> FusedMoE:
+def build_anew(case: Case, weights: Weights) -> Any:
     """One more layer of the same name."""
     from vllm.config import get_current_vllm_config
 
@@ -454,7 +467,7 @@ def test_compiles_whole(name: str, rng: torch.Generator) -> None:
     """vLLM compiles the model with this in it, without a break in the graph."""
     case = CASES[name]
     weights, batch = make_weights(case, rng), make_batch(case, rng)
-    layer = build(case, weights)
+    layer = experts_of(build(case, weights))
 
     def forward(x: Tensor, logits: Tensor) -> Tensor:
         return layer.quant_method.apply_monolithic(layer, x, logits)
