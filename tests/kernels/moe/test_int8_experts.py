@@ -253,6 +253,7 @@ def on_meta(case: Case, gated: bool) -> Layer:
         ({"intermediate_size_per_partition": 1408 // 16}, "88 are not both multiples"),
         ({"in_dtype": torch.float64}, "dtype torch.float64"),
         ({"is_lora_enabled": True}, "LoRA"),
+        ({"swiglu_limit": 7.0}, "clip no SiLU at 7.0"),
     ],
 )
 def test_reasons(attributes: dict[str, Any], reason: str, pretend: Any) -> None:
