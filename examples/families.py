@@ -11,6 +11,7 @@ where quark-check says otherwise than what happened.
 
 import argparse
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -405,6 +406,11 @@ def main() -> None:
     if torch.cuda.is_available() and not args.stock:
         sys.exit("error: on a GPU say --stock FOLDER: an unpacked stock build of vLLM")
     wanted = chosen(args.families)
+    if importlib.util.find_spec("torchvision") is None:
+        # Transformers' processors of pictures want it, and so do vLLM's.
+        for family in [family for family in wanted if family.processor]:
+            del wanted[family]
+            console.print(f"left out, without torchvision: {family.name}")
     started = time.monotonic()
     torch.set_num_threads(1)  # for so small models more cost more than they bring
 
