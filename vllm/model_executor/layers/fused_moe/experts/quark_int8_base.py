@@ -5,28 +5,13 @@
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.experts.quark_base import WholeExpertsBase
 from vllm.model_executor.layers.fused_moe.oracle.quark_int8 import SCHEMES
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
-    TopKWeightAndReduceNoOP,
-)
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
 
 
-class Int8ExpertsBase(mk.FusedMoEExpertsModular):
-    """Experts that take tokens [M, K] as they are, quantize them themselves, and return
-    each token's weighted sum, [M, K]."""
-
-    @staticmethod
-    def activation_format() -> mk.FusedMoEActivationFormat:
-        return mk.FusedMoEActivationFormat.Standard
-
-    @property
-    def expects_unquantized_inputs(self) -> bool:
-        return True
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return False
+class Int8ExpertsBase(WholeExpertsBase):
+    """INT8 experts that quantize their tokens themselves."""
 
     @staticmethod
     def _supports_quant_scheme(
@@ -54,23 +39,3 @@ class Int8ExpertsBase(mk.FusedMoEExpertsModular):
         return mk.FusedMoEExperts.is_supported_config(
             cls, moe_config, weight_key, activation_key, activation_format
         )
-
-    def supports_expert_map(self) -> bool:
-        return True
-
-    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
-
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: mk.ExpertTokensMetadata | None,
-        activation: MoEActivation,
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The output alone: what lies between, each allocates for itself."""
-        return (0,), (0,), (M, K)

@@ -15,15 +15,13 @@ from vllm.model_executor.layers.fused_moe.cpu_moe_utils import (
     ACTIVATIONS,
     SWIGLUOAI_LIMIT,
 )
+from vllm.model_executor.layers.fused_moe.experts.quark_base import WholeExpertsBase
 from vllm.model_executor.layers.fused_moe.oracle import unquantized
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
-    TopKWeightAndReduceNoOP,
-)
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
 from vllm.platforms import current_platform
 
 
-class CpuUnquantizedExperts(mk.FusedMoEExpertsModular):
+class CpuUnquantizedExperts(WholeExpertsBase):
     """Unquantized experts in torch, where upstream's kernels are not right."""
 
     @staticmethod
@@ -58,21 +56,9 @@ class CpuUnquantizedExperts(mk.FusedMoEExpertsModular):
             cls, moe_config, *keys, activation_format
         )
 
-    @property
-    def expects_unquantized_inputs(self) -> bool:
-        return True
-
-    @staticmethod
-    def activation_format() -> mk.FusedMoEActivationFormat:
-        return mk.FusedMoEActivationFormat.Standard
-
     @staticmethod
     def _supports_current_device() -> bool:
         return current_platform.is_cpu()
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return False
 
     @staticmethod
     def _supports_activation(activation: MoEActivation) -> bool:
@@ -91,25 +77,6 @@ class CpuUnquantizedExperts(mk.FusedMoEExpertsModular):
     @staticmethod
     def _supports_batch_invariance() -> bool:
         return True
-
-    def supports_expert_map(self) -> bool:
-        return True
-
-    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
-
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: mk.ExpertTokensMetadata | None,
-        activation: MoEActivation,
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        return (0,), (0,), (M, K)
 
     def apply(
         self,
