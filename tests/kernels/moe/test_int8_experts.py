@@ -25,6 +25,7 @@ from vllm.model_executor.layers.fused_moe.experts.quark_int8.experts import Int8
 from vllm.model_executor.layers.fused_moe.experts.triton_int8_moe import (
     TritonInt8Experts,
 )
+from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.fused_moe.oracle.int8 import (
     Int8MoeBackend,
     backend_to_kernel_cls,
@@ -181,6 +182,20 @@ def test_compressed_tensors_takes_ours_by_name(
     backend, experts_cls = select_int8_moe_backend(moe_config(moe_backend="quark_int8"))
     assert backend is Int8MoeBackend.TRITON  # the format of the weights
     assert experts_cls.__name__ == chosen
+
+
+@pytest.mark.parametrize("platform", ["ampere", "hopper"])
+def test_experts_that_are_not_quantized_choose_as_by_auto(
+    platform: str, pretend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of INT8 experts may have others beside them, in a draft for one."""
+    pretend(PLATFORMS[platform])
+    monkeypatch.setattr(unquantized, "current_platform", PLATFORMS[platform])
+    named, auto = (
+        unquantized.select_unquantized_moe_backend(moe_config(moe_backend=name))
+        for name in ("quark_int8", "auto")
+    )
+    assert named == auto
 
 
 def test_serves_what_it_knows(rng: torch.Generator, pretend: Any) -> None:

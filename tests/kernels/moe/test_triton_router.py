@@ -206,6 +206,19 @@ def test_leaves_logits_that_are_not_to_depend_on_the_batch(
     assert not triton_router.serves_product(x, weight)
 
 
+def test_leaves_few_tokens_to_a_gate_with_a_kernel_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(int8_triton, "current_platform", pretended.cuda(9, 0))
+    weight = torch.empty(3, 4, device="meta")
+    older = SimpleNamespace(weight=weight)
+    newer = SimpleNamespace(weight=weight, allow_ll_fp32w_gemm=True, FP32_MAX_TOKENS=32)
+    for num_tokens in (1, 32, 33):
+        x = torch.empty(num_tokens, 4, dtype=torch.bfloat16, device="meta")
+        assert triton_router.serves_gate(older, x)
+        assert triton_router.serves_gate(newer, x) == (num_tokens > 32)
+
+
 @pytest.mark.parametrize("hidden", [16, 4096, 4097, 12288])
 def test_tiles_fit_a_multiprocessor(hidden: int) -> None:
     """Rows lie in registers, stages in shared memory, sums of a step and of all too;

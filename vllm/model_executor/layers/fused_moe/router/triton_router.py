@@ -231,6 +231,15 @@ def serves_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def serves_gate(gate: Any, x: torch.Tensor) -> bool:
+    """`serves_product` for upstream's GateLinear, unless that has a kernel of its own
+    for so few tokens, as from 0.33.0 on: the two were not measured side by side."""
+    has_own = getattr(gate, "allow_ll_fp32w_gemm", False)
+    if has_own and x.shape[0] <= gate.FP32_MAX_TOKENS:
+        return False
+    return serves_product(x, gate.weight)
+
+
 def serves_choice(gating_output: torch.Tensor) -> bool:
     """Whether `topk_sigmoid` chooses of gating_output [M, E]: on Hopper, where it was
     measured, among numbers of experts for which upstream has no kernel of one pass."""
