@@ -183,20 +183,22 @@ def judge_control(cell: Cell, answers: Answers) -> dict[str, Any]:
     return answers | {"outcome": outcome}
 
 
-def judge(cell: Cell, answers: Answers, control: Answers) -> dict[str, Any]:
+def judge(
+    cell: Cell, answers: Answers, control: Answers, is_stock: bool = False
+) -> dict[str, Any]:
     """The outcome, and the overlaps it rests on.
 
     The control is what stock answers unquantized. Where it ends with the same error, no
     export of the family can run here. Where it is known to differ from transformers
-    here, and does, it takes transformers' place. Questions with a picture are asked of
-    it alone: releases mask a picture's tokens differently.
+    here, and does, it takes transformers' place for stock. Questions with a picture are
+    asked of it alone: releases mask a picture's tokens differently.
     """
     if error := answers.get("error"):
         is_same = error == control.get("error") and not torch.cuda.is_available()
         return {"outcome": f"{'needs a GPU' if is_same else 'refused'}: {error}"}
     rows = answers["logprobs"]
     reference, least, said = cell.dequantized, cell.bars[0], DEQUANTIZED
-    reason = cell.family.differs_on_cpu
+    reason = cell.family.differs_on_cpu if is_stock else ""
     if reason and "error" not in control and control["outcome"] != "right":
         reference, least = tensor(control["logprobs"]), cell.bars[1]
         said = f"{STOCK_FLOAT}: {reason}"
@@ -440,7 +442,10 @@ def main() -> None:
     rows = []
     for cell in cells:
         control = judged[cell.family]
-        found = {b: judge(cell, answers[b][cell.key], control) for b in answers}
+        found = {
+            build: judge(cell, of_build[cell.key], control, build == "stock")
+            for build, of_build in answers.items()
+        }
         figures = found["fork"] if "bar" in found["fork"] else found["stock"]
         row = {
             "family": cell.family.name,

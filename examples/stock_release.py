@@ -94,7 +94,7 @@ def ask_families(
 def judge_family(
     cell: asked_families.Cell, answers: Answers, control: Answers
 ) -> dict[str, Any]:
-    found = asked_families.judge(cell, answers, control)
+    found = asked_families.judge(cell, answers, control, is_stock=True)
     outcome, _, error = found.pop("outcome").partition(": ")
     return {"outcome": outcome, "error": error or None, **found}
 

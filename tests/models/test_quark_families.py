@@ -260,11 +260,14 @@ def test_where_a_cpu_is_known_to_differ_the_unquantized_model_is_the_reference(
     assert control["outcome"].startswith("garbage: 0.")
     assert judge(cell, answered(others), control)["outcome"] == "garbage"
     known = replace(cell, family=BY_NAME["deepseek-v3-mha"])
-    found = judge(known, answered(others), control)
+    found = judge(known, answered(others), control, is_stock=True)
     assert found["outcome"] == "right"
     assert found["reference"].startswith(runner.STOCK_FLOAT)
-    found = judge(known, answered(cell.dequantized), control)
+    found = judge(known, answered(cell.dequantized), control, is_stock=True)
     assert found["outcome"] == "garbage"
+    # What stock does wrong unquantized is no excuse for the fork.
+    assert judge(known, answered(others), control)["outcome"] == "garbage"
+    assert judge(known, answered(cell.dequantized), control)["outcome"] == "right"
     control = judge_control(cell, answered(cell.unquantized))
     assert control["outcome"] == "right"
     assert judge(known, answered(cell.dequantized), control)["outcome"] == "right"
