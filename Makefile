@@ -73,7 +73,7 @@ matrix: $(FORK_READY) ## run every kind of export, and many families: right, ref
 	$(BIN)/python -m examples.matrix $(if $(STOCK),--stock $(STOCK))
 	$(BIN)/python -m examples.families $(if $(STOCK),--stock $(STOCK))
 
-test: $(FORK_READY) ## run the tests that take minutes: docs/tests.md
+test: $(FORK_READY) ## run the tests that take minutes: docs/maintain/tests.md
 	$(BIN)/pytest $(PYTEST_FLAGS) -m "not slow"
 
 test-slow: $(FORK_READY) ## run the others: engines again and again, stress, fuzz

@@ -3,10 +3,10 @@
 
     python -m examples.families [--stock FOLDER] [FAMILY | FAMILY--EXPORT ...]
 
-Writes build/families.json, and docs/families.md where all families were run. The
-builds are those of examples/matrix.py; the unquantized model is asked of stock first.
-Exits with 1 where the fork answers garbage, or not right what stock answers right, or
-where quark-check says otherwise than what happened.
+Writes build/families.json, and docs/measured/families.md where all families were run.
+The builds are those of examples/matrix.py; the unquantized model is asked of stock
+first. Exits with 1 where the fork answers garbage, or not right what stock answers
+right, or where quark-check says otherwise than what happened.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from tools.fix import CPU_PATCHES
 from tools.mutants import install_only
 
 WORK = ROOT / "build/families"
-JSON, MARKDOWN = ROOT / "build/families.json", ROOT / "docs/families.md"
+JSON, MARKDOWN = ROOT / "build/families.json", ROOT / "docs/measured/families.md"
 
 NUM_PROMPTS = NUM_PICTURES = 64
 SECONDS = 180  # for an engine to start and answer, and for one look of quark-check
@@ -317,7 +317,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], heading: str) -> str:
         f"Written by `make matrix`. {heading}.",
         "",
         "Small models of random weights, exported by hand in the layout that amd-quark "
-        "0.13 writes ([families.py](../tests/fixtures/families.py)), asked "
+        "0.13 writes ([families.py](../../tests/fixtures/families.py)), asked "
         f"{NUM_PROMPTS} random prompts over poisoned memory. The figure is the mean "
         f"overlap of the {TOP} likeliest first tokens with the reference: "
         f"{DEQUANTIZED}. `right`: finite, and no less than the bar: what the reference "

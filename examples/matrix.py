@@ -3,11 +3,11 @@
 
     python -m examples.matrix [--stock FOLDER] [CELL ...]
 
-Writes build/matrix.json, and docs/matrix.md where all cells were run. The fork is the
-installed vLLM. FOLDER holds a stock build, to be put on PYTHONPATH. Without it, stock
-is the fork with no patch but those that a CPU needs, built here: stock itself cannot
-run Step-3.5 on a CPU. Exits with 1 where the fork answers garbage, or refuses a cell
-that it is to answer right.
+Writes build/matrix.json, and docs/measured/matrix.md where all cells were run. The fork
+is the installed vLLM. FOLDER holds a stock build, to be put on PYTHONPATH. Without it,
+stock is built here: the base release plus the patches that a CPU needs, since the
+release itself cannot run Step-3.5 on a CPU. Exits with 1 where the fork answers
+garbage, or refuses a cell that it is to answer right.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from tools.fix import CPU_PATCHES
 from tools.mutants import install_only
 
 WORK = ROOT / "build/matrix"
-JSON, MARKDOWN = ROOT / "build/matrix.json", ROOT / "docs/matrix.md"
+JSON, MARKDOWN = ROOT / "build/matrix.json", ROOT / "docs/measured/matrix.md"
 STOCK_ON_CPU = (
     "stock: the fork with no patch but 0004-0007, for CPUs, and what these need"
 )

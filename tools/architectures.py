@@ -261,7 +261,7 @@ def _cpu(families: Path | None, before: Mapping[str, Any]) -> dict[str, list[str
     if families is None:
         return {name: each["cpu"] for name, each in before.items()}
     found: dict[str, set[str]] = defaultdict(set)
-    for cell in CELLS:  # docs/matrix.md
+    for cell in CELLS:  # docs/measured/matrix.md
         if cell.expected == "right":
             [architecture] = _architectures(cell.folder)
             found[architecture].add("int8")

@@ -200,7 +200,7 @@ def write_patches(tree: Path, release: Release) -> None:
             f"{tree} is a tree of vLLM {made_of or '(not known)'}, but the patches in "
             f"{release.series} are written for {own} (`# release:` in its series). "
             f"Make the edits in a tree of {own}, or give the release a series of its "
-            "own (docs/new-release.md)."
+            "own (docs/maintain/new-release.md)."
         )
     if changes := git("status", "--porcelain", cwd=tree).stdout:
         raise ForkError(

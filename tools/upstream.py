@@ -86,7 +86,7 @@ def release(version: str | None = None) -> Release:
     fix = " It holds the group `fix` itself." if holds_fix(version) else ""
     raise ForkError(
         f"vLLM {version} is not a release this fork builds on.{fix} Expected one of "
-        f"{', '.join(known)}; see docs/new-release.md for how to add one."
+        f"{', '.join(known)}; see docs/maintain/new-release.md for how to add one."
     )
 
 

@@ -197,7 +197,7 @@ def save(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Tables of the results for docs/serving.md: stock, fork and how much better."""
+    """Tables of the results for docs/measured/serving.md."""
     rows = result["rows"]
     cells = [row for row in rows if row["metric"] in (TTFT, TPOT, TOTAL_RATE)]
     others = [row for row in rows if row not in cells and row["metric"] != OUTPUT_RATE]

@@ -6,8 +6,8 @@
 
 Each seed is one mutation of a small Quark INT8 export (mutations.py). The engine's own
 loader loads it (load.py) in a worker process with a limit of time and memory; what is
-right is told from the files alone (judge.py). docs/loading.md says what can be told at
-all. Exits 1 on a failure; `--only` repeats one mutation and shows its error.
+right is told from the files alone (judge.py). docs/measured/loading.md says what can be
+told at all. Exits 1 on a failure; `--only` repeats one mutation and shows its error.
 """
 
 import argparse

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vllm.model_executor.layers.quantization.quark.quark_check.problems import KINDS
 
-DOCS = Path(__file__).parents[2] / "docs/checks.md"
+DOCS = Path(__file__).parents[2] / "docs/design/checks.md"
 
 
 def test_docs_have_the_registry():

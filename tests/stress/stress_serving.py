@@ -6,7 +6,7 @@
 Serves the small trained model, keeps `--in-flight` requests under way and mixes right
 ones with clients that leave and requests that are to be refused
 (requests.py). Then no request may be left in the engine, and SIGTERM must
-end it in order. docs/stress.md says what counts as a failure.
+end it in order. docs/measured/stress.md says what counts as a failure.
 
 Writes `{"device", "date", "vllm", "options", "in_flight", "minutes", "seed",
 "finished", "seconds", "kinds": {kind: {"sent", "as_expected", "unexpected", "examples",

@@ -36,7 +36,7 @@ from tests.fixtures.cells import CELLS, FIXTURES, Cell
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check"
 BASE = FIXTURES / "step3p5-tiny/int8-per-expert"
-# The release that docs/matrix.md ran as stock.
+# The release that docs/measured/matrix.md ran as stock.
 MEASURED = "0.20.0-0.21.0"
 
 OLD = "int8-experts-unknown per-token-unknown"
@@ -147,7 +147,7 @@ OUTCOMES = {"garbage": "wrong", "right": "right", "refused": "refused"}
 def measured_on_stock() -> dict[str, str]:
     """Cell -> what stock 0.20.2 made of it, from the page that `make matrix` wrote."""
     row = re.compile(r"\| `([^`]+)` \|.*\| (?:quark|hand) \| (\w+) \| \w+ \|")
-    found = map(row.match, (ROOT / "docs/matrix.md").read_text().splitlines())
+    found = map(row.match, (ROOT / "docs/measured/matrix.md").read_text().splitlines())
     return {each[1]: OUTCOMES[each[2]] for each in found if each}
 
 
@@ -636,7 +636,7 @@ def test_fix_to_another_layout(tmp_path: Path):
 
 
 def test_every_finding_is_documented():
-    page = (ROOT / "docs/quark-check.md").read_text()
+    page = (ROOT / "docs/guide/quark-check.md").read_text()
     folder = ROOT / "vllm/model_executor/layers/quantization/quark"
     written = "".join(path.read_text() for path in folder.rglob("quark_check/**/*.py"))
     ids = set(re.findall(r"finding\(\s*\"([a-z0-9-]+)\"", written))
@@ -652,4 +652,4 @@ def test_pictures_are_current():
     for patch, name in quark_check_pictures.PICTURES.items():
         file = quark_check_pictures.IMAGES / f"quark-check-{patch}.svg"
         assert file.read_text() == quark_check_pictures.draw(name)
-        assert f"images/{file.name}" in (ROOT / "docs/quark-check.md").read_text()
+        assert f"images/{file.name}" in (ROOT / "docs/guide/quark-check.md").read_text()

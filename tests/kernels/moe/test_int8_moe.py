@@ -195,7 +195,7 @@ def skip_without_hopper(config: Config | FewConfig) -> None:
 
 
 def quantize(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Whole numbers and scales [rows, 1], as float64; as docs/int8-moe.md says."""
+    """Whole numbers and scales [rows, 1], float64: docs/design/int8-moe.md."""
     if static_scale is not None:
         steps = (x.double() / static_scale.double()).round().clamp(-128, 127)
         return steps, static_scale.double().expand(x.shape[0], 1)

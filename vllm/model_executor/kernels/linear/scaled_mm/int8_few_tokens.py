@@ -300,7 +300,7 @@ register_op("int8_linear", int8_linear, fake_impl=_int8_linear_fake)
 class FewTokensInt8ScaledMMLinearKernel(CutlassInt8ScaledMMLinearKernel):
     """Upstream's kernel for CUDA, with another for few tokens.
 
-    On Hopper alone, where it was measured: docs/int8-linear.md.
+    On Hopper alone, where it was measured: docs/design/int8-linear.md.
     """
 
     @classmethod

@@ -4,7 +4,7 @@
 
 The choices for Hopper were measured on an H100, those of Gluon's kernels on an H200;
 those for other devices follow from their limits and were compiled but not run:
-docs/int8-moe.md. They are used there with `--moe-backend quark_int8` alone.
+docs/design/int8-moe.md. They are used there with `--moe-backend quark_int8` alone.
 """
 
 import functools

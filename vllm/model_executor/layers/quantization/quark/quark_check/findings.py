@@ -15,9 +15,9 @@ NUM_SHOWN = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """id: stable, kebab-case, in the JSON and docs/quark-check.md; summary: one line;
-    why: what comes of it; remedy: what to do; tensors: a few names that show it, of
-    `count` in all."""
+    """id: stable, kebab-case, in the JSON and docs/guide/quark-check.md;
+    summary: one line; why: what comes of it; remedy: what to do; tensors: a few names
+    that show it, of `count` in all."""
 
     id: str
     severity: Severity

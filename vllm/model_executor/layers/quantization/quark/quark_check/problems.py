@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What can be wrong or odd with a Quark INT8 checkpoint: one registry for the engine,
-`vllm quark-check` and docs/checks.md.
+`vllm quark-check` and docs/design/checks.md.
 
 An error is what would make an answer wrong: the engine refuses it. A warning is what
 cannot change an answer: the engine logs it once. Needs Python alone.

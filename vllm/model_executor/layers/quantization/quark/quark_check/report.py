@@ -103,7 +103,7 @@ def quantization(checkpoint: Checkpoint) -> str:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The report as docs/quark-check.md has it."""
+    """The report as docs/guide/quark-check.md has it."""
     checkpoint = report.checkpoint
     return {
         "version": VERSION,

@@ -100,7 +100,7 @@ def _cpu_issues(known: Known) -> Iterator[Issue]:
                 "note",
                 "nobody has seen this architecture run on a CPU",
                 "Upstream's CPU platform lacks some models' layers.",
-                "see docs/families.md for those that were run",
+                "see docs/measured/families.md for those that were run",
             ),
             on([FORK_CPU], "unknown"),
         )
@@ -149,7 +149,7 @@ def _stock_cpu_issues(known: Known, but: set[str]) -> Iterator[Issue]:
                 "note",
                 f"nobody has seen vLLM {unseen[0].name} run this architecture on a CPU",
                 "Upstream's CPU platform lacks some models' layers.",
-                "see docs/quark-check.md for those that were run",
+                "see docs/guide/quark-check.md for those that were run",
             ),
             on((row.on_cpu for row in unseen), "unknown"),
         )
