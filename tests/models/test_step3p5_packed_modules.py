@@ -38,7 +38,7 @@ SHARED_EXPERT = tuple(
     f"{MOE}.share_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")
 )
 ATTENTION = tuple(f"{MOE}.self_attn.{name}_proj" for name in "qkv")
-EDIT_3 = pytest.mark.needs_patch("0003")
+NEEDS_0003 = pytest.mark.needs_patch("0003")
 # The model shows its layers to EPLB, and their quantization lets them be moved.
 EPLB = [pytest.mark.needs_patch("0015"), pytest.mark.needs_patch("0016")]
 
@@ -109,7 +109,7 @@ def methods(model: nn.Module) -> dict[str, type]:
     }
 
 
-@EDIT_3
+@NEEDS_0003
 def test_mapping_and_renamed_exclude_list_reach_the_config(build):
     model, config = build(*SHARED_EXPERT)
     assert config.packed_modules_mapping is type(model).packed_modules_mapping
@@ -121,7 +121,7 @@ def test_mapping_and_renamed_exclude_list_reach_the_config(build):
     assert set(renamed) < set(config.quant_config["exclude"])
 
 
-@EDIT_3
+@NEEDS_0003
 def test_excluded_shared_expert_is_not_quantized(build):
     model, _ = build(*SHARED_EXPERT)
     found = methods(model)
@@ -145,7 +145,7 @@ def test_everything_else_is_quantized_by_default(build):
     assert found[f"{MOE}.self_attn.qkv_proj"] is QuarkLinearMethod
 
 
-@EDIT_3
+@NEEDS_0003
 def test_excluded_attention_is_not_quantized(build):
     model, _ = build(*ATTENTION)
     found = methods(model)
@@ -153,7 +153,7 @@ def test_excluded_attention_is_not_quantized(build):
     assert found[f"{DENSE}.self_attn.qkv_proj"] is QuarkLinearMethod
 
 
-@EDIT_3
+@NEEDS_0003
 @pytest.mark.parametrize(
     "excluded",
     [ATTENTION[:1], ATTENTION[1:], SHARED_EXPERT[:1], SHARED_EXPERT[1:]],
@@ -213,7 +213,7 @@ def one_by_one(experts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield f"{MOE}.moe.experts.{expert_id}.{name}", expert
 
 
-@EDIT_3
+@NEEDS_0003
 def test_shared_expert_loads_as_it_is(build, shared_expert):
     """Taken for INT8, its bfloat16 weights would be cast, silently."""
     model, _ = build(*SHARED_EXPERT)

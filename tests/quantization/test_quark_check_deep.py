@@ -154,18 +154,18 @@ def scaled_expert(export: Export) -> str:
 
 
 PLANTED = {
-    "NaN scale": (set_scale(math.nan), "non-finite", "wrong"),
-    "infinite scale": (set_scale(math.inf), "non-finite", "wrong"),
-    "infinite norm": (infinite_norm, "non-finite", "wrong"),
-    "NaN in the head": (nan_in_the_head, "non-finite", "wrong"),
-    "scale of zero": (set_scale(0.0), "scale-not-positive", "wrong"),
-    "negative scale": (set_scale(-0.001), "scale-not-positive", "wrong"),
+    "NaN scale": (set_scale(math.nan), "non-finite", "garbage"),
+    "infinite scale": (set_scale(math.inf), "non-finite", "garbage"),
+    "infinite norm": (infinite_norm, "non-finite", "garbage"),
+    "NaN in the head": (nan_in_the_head, "non-finite", "garbage"),
+    "scale of zero": (set_scale(0.0), "scale-not-positive", "garbage"),
+    "negative scale": (set_scale(-0.001), "scale-not-positive", "garbage"),
     "channel of zeros": (zero_channel, "zero-channels", "note"),
-    "weights' zero point": (zero_point_of_weights, "zero-point-not-zero", "wrong"),
+    "weights' zero point": (zero_point_of_weights, "zero-point-not-zero", "garbage"),
     "activations' zero point": (
         zero_point_of_activations,
         "zero-point-not-zero",
-        "wrong",
+        "garbage",
     ),
     "saturated row": (saturated_row, "saturated-weights", "warning"),
     "layer scaled by 8": (scaled_layer, "norm-outlier", "warning"),

@@ -120,8 +120,8 @@ def test_config_that_was_lost(left, tmp_path):
     del model["quantization_config"]
     model |= left
     report = check(tmp_path, attention(0), model)
-    assert severities(report) == {"config-lost": "wrong"}
-    assert outcomes(report)[MIDDLE] == "wrong"
+    assert severities(report) == {"config-lost": "garbage"}
+    assert outcomes(report)[MIDDLE] == "garbage"
     assert outcomes(report)[FORK_CPU] == "refused"
     assert report.findings[0].count == 4 and report.exit_status == 1
 
@@ -146,7 +146,7 @@ def test_config_that_is_none(change, tmp_path):
 def test_another_format(tmp_path):
     report = check(tmp_path, floats("model.norm"), {"architectures": [QWEN]})
     assert severities(report) == {"not-quark-int8": "note"}
-    assert set(outcomes(report).values()) == {"unknown"} and report.exit_status == 0
+    assert set(outcomes(report).values()) == {"not known"} and report.exit_status == 0
 
 
 @pytest.mark.parametrize("architecture", [STEP, QWEN])
@@ -158,7 +158,7 @@ def test_fused_layer_excluded_in_part(architecture, tmp_path):
     model = config([name], architectures=[architecture], num_hidden_layers=1)
     report = check(tmp_path, tensors, model)
     # 0.20's Step-3.5 does not say what it fuses, so nobody notices there.
-    expected = "wrong" if architecture == STEP else "refused"
+    expected = "garbage" if architecture == STEP else "refused"
     assert outcomes(report)[MIDDLE] == expected
     assert severities(report)["shards-differ"] == "refused"
     assert outcomes(report)[NEW] == outcomes(report)[FORK_CPU] == "refused"
@@ -169,7 +169,7 @@ def test_excluded_experts(by_name, tmp_path):
     names = [name.removesuffix(".weight") for name in experts(0, floats)]
     exclude = names if by_name else ["model.layers.0.mlp.experts"]
     report = check(tmp_path, experts(0, floats) | experts(1), config(exclude))
-    expected = "wrong" if by_name else "refused"
+    expected = "garbage" if by_name else "refused"
     assert severities(report)["exclude-experts"] == expected
     assert outcomes(report)[MIDDLE] == outcomes(report)[NEW] == expected
     # From 0.26.0 on such experts are found.
@@ -181,10 +181,10 @@ def test_experts_excluded_by_a_glob(tmp_path):
     """No release finds them, but where it begins with the name of the layer."""
     tensors = experts(0, floats) | experts(1)
     report = check(tmp_path, tensors, config(["*layers.0.mlp.experts.*"]))
-    assert outcomes(report)[NEW] == outcomes(report)[NEWEST] == "wrong"
+    assert outcomes(report)[NEW] == outcomes(report)[NEWEST] == "garbage"
     entry = "model.layers.0.mlp.experts.*.down_proj"
     report = check(tmp_path, tensors, config([entry]))
-    assert outcomes(report)[NEW] == "wrong" and outcomes(report)[NEWEST] == "right"
+    assert outcomes(report)[NEW] == "garbage" and outcomes(report)[NEWEST] == "right"
 
 
 def test_fused_layer_excluded_by_its_own_name(tmp_path):
@@ -194,7 +194,7 @@ def test_fused_layer_excluded_by_its_own_name(tmp_path):
     model = config(names, num_hidden_layers=1)
     report = check(tmp_path, tensors, model)
     found = outcomes(report)
-    assert found[MIDDLE] == found["0.28.0-0.29.0"] == "wrong"
+    assert found[MIDDLE] == found["0.28.0-0.29.0"] == "garbage"
     assert found["0.30.0-0.32.0"] == found[NEWEST] == "right"
 
 
@@ -235,7 +235,7 @@ def test_override_of_a_linear_layer(entry, is_read, tmp_path):
 
 def test_experts_that_config_json_does_not_count(tmp_path):
     report = check(tmp_path, experts(0), config(num_experts=3))
-    assert severities(report)["experts-miscounted"] == "wrong"
+    assert severities(report)["experts-miscounted"] == "garbage"
     assert outcomes(report)[FORK_CPU] == "refused"
 
 
@@ -263,12 +263,12 @@ def test_layers_after_the_last(tmp_path):
     assert outcomes(report)[FORK_GPU] == "right"
     report = check(tmp_path, layers(2) | beyond, config())
     assert severities(report)["module-unknown"] == "note"
-    assert outcomes(report)[FORK_GPU] == outcomes(report)[NEW] == "unknown"
+    assert outcomes(report)[FORK_GPU] == outcomes(report)[NEW] == "not known"
 
 
 def test_architecture_that_is_not_known(tmp_path):
     report = check(tmp_path, layers(2), config(architectures=["NobodysForCausalLM"]))
-    assert set(outcomes(report).values()) == {"unknown"} and report.exit_status == 0
+    assert set(outcomes(report).values()) == {"not known"} and report.exit_status == 0
     assert {kind.treatment.reads for kind in report.kinds} == {"not known"}
 
 
@@ -278,13 +278,13 @@ def test_matrix_of_which_nothing_is_known(shape, tmp_path):
     more: Tensors = {"model.layers.0.self_attn.new_gate.weight": ("BF16", shape)}
     report = check(tmp_path, layers(2) | more, config())
     assert severities(report)["module-unknown"] == "note"
-    assert set(outcomes(report).values()) == {"unknown", "refused"}
+    assert set(outcomes(report).values()) == {"not known", "refused"}
     assert outcomes(report)[OLD] == "refused"
 
 
 def test_layer_of_which_nothing_is_there(tmp_path):
     report = check(tmp_path, layers(2), config(num_hidden_layers=3))
-    assert severities(report)["weight-missing"] == "wrong"
+    assert severities(report)["weight-missing"] == "garbage"
     assert outcomes(report)[FORK_CPU] == outcomes(report)[FORK_GPU] == "refused"
 
 
@@ -294,14 +294,14 @@ def test_router_that_nobody_names(tmp_path):
     model = config(architectures=["Qwen3MoeForCausalLM"])
     tensors = layers(2) | floats("model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
     report = check(tmp_path, tensors, model)
-    assert outcomes(report)[MIDDLE] == outcomes(report)[NEW] == "wrong"
+    assert outcomes(report)[MIDDLE] == outcomes(report)[NEW] == "garbage"
     assert outcomes(report)[FORK_GPU] == "right" and report.exit_status == 1
     found = [each for each in report.findings if each.id == "float-not-excluded"]
-    assert [each.severity for each in found] == ["wrong", "note"]
+    assert [each.severity for each in found] == ["garbage", "note"]
     # Named, but by Quark's own default, which no release reads.
     model["quantization_config"]["exclude"] = ["*lm_head", "*.gate"]
     report = check(tmp_path, tensors, model)
-    assert severities(report)["exclude-patterns"] == "wrong"
+    assert severities(report)["exclude-patterns"] == "garbage"
     assert outcomes(report)[FORK_GPU] == "right"
 
 
@@ -311,8 +311,8 @@ def test_fused_layer_of_a_model_that_does_not_say_so(tmp_path):
     model = config(names, architectures=["Starcoder2ForCausalLM"], num_hidden_layers=1)
     mlp = int8("model.layers.0.mlp.c_fc", "model.layers.0.mlp.c_proj")
     report = check(tmp_path, attention(0, floats) | mlp, model)
-    assert severities(report)["exclude-fused"] == "wrong"
-    assert outcomes(report)[MIDDLE] == outcomes(report)[NEW] == "wrong"
+    assert severities(report)["exclude-fused"] == "garbage"
+    assert outcomes(report)[MIDDLE] == outcomes(report)[NEW] == "garbage"
     assert outcomes(report)[FORK_GPU] == "right"
 
 
@@ -363,7 +363,7 @@ def test_weights_of_another_format(tmp_path):
 def test_rotation(tmp_path):
     more: Tensors = {"model.layers.0.self_attn.q_proj.input_rotation": ("I8", (4, 4))}
     report = check(tmp_path, layers(2) | more, config())
-    assert severities(report)["rotation-not-applied"] == "wrong"
+    assert severities(report)["rotation-not-applied"] == "garbage"
     assert outcomes(report)[FORK_CPU] == outcomes(report)[FORK_GPU] == "refused"
 
 

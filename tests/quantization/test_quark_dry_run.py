@@ -250,7 +250,7 @@ def test_verdicts_are_the_same_asked_or_not(folders, said):
         for target in FORK:
             pair = {alone[target], asked[target]}
             assert pair != {"right", "refused"} or "deepseek" in key, (key, target)
-            compared += "unknown" not in pair
+            compared += "not known" not in pair
     assert compared > 40
 
 
@@ -410,6 +410,5 @@ def test_verdicts_are_what_was_measured(row, tmp_path, monkeypatch):
     for name, value in family.env.items():
         monkeypatch.setenv(name, value)
     told = outcomes(make_export(family, row["export"]).write(tmp_path / "x"), None)
-    words = {"right": "right", "garbage": "wrong", "refused": "refused"}
     for target, build in (("0.20.0-0.21.0", "stock"), (FORK_GPU, "fork")):
-        assert told[target] == words[row[build].partition(":")[0]]
+        assert told[target] == row[build].partition(":")[0]

@@ -32,7 +32,7 @@ FUSED = {
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
 LAYER = "model.layers.3"
-EDIT_3 = pytest.mark.needs_patch("0003")
+NEEDS_0003 = pytest.mark.needs_patch("0003")
 AS_QUARK = pytest.mark.needs_patch("0008")
 
 
@@ -162,7 +162,7 @@ def test_shards_mean_nothing_without_the_mapping(fused):
     assert should_ignore_layer(f"model.layers.3.block.{fused}", shards) is False
 
 
-@EDIT_3
+@NEEDS_0003
 def test_step3p5_maps_its_fused_modules():
     assert Step3p5ForCausalLM.packed_modules_mapping == FUSED
 
@@ -189,21 +189,21 @@ SHARED = (f"{LAYER}.share_expert.gate_proj", f"{LAYER}.share_expert.up_proj")
             SHARED,
             f"{LAYER}.moe.share_expert.gate_up_proj",
             True,
-            marks=EDIT_3,
+            marks=NEEDS_0003,
             id="gate_up",
         ),
         pytest.param(
             tuple(names(f"{LAYER}.self_attn", "qkv_proj")),
             f"{LAYER}.self_attn.qkv_proj",
             True,
-            marks=EDIT_3,
+            marks=NEEDS_0003,
             id="qkv",
         ),
         pytest.param(
             (r"re:.*\.share_expert\.(gate|up)_proj",),
             f"{LAYER}.moe.share_expert.gate_up_proj",
             True,
-            marks=EDIT_3,
+            marks=NEEDS_0003,
             id="pattern",
         ),
         pytest.param(
@@ -225,7 +225,7 @@ def test_step3p5_names(exclude, name, ignored, quark_dict):
     assert step3p5_ignores(config, name) is ignored
 
 
-@EDIT_3
+@NEEDS_0003
 @pytest.mark.parametrize("excluded", SHARED)
 def test_step3p5_half_excluded_is_an_error(excluded, quark_dict):
     config = step3p5_config(quark_dict(exclude=(excluded,)))
@@ -239,7 +239,7 @@ def test_step3p5_half_excluded_is_an_error(excluded, quark_dict):
         pytest.param(
             f"{LAYER}.moe.share_expert.gate_up_proj",
             UnquantizedLinearMethod,
-            marks=EDIT_3,
+            marks=NEEDS_0003,
         ),
         (f"{LAYER}.mlp.gate_up_proj", QuarkLinearMethod),
     ],

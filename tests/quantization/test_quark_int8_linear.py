@@ -125,9 +125,9 @@ KINDS = {
 }
 FUSED = ("gate_up", "qkv", "qkv_shared")
 LAYOUTS = (TP(0, 1), TP(0, 2), TP(1, 2))
-# Without edit 1 a vector loads and counts right; columns, on disk or here, do not.
-EDIT_1 = pytest.mark.needs_patch("0001")
-COLUMN_ON_DISK = pytest.param(True, marks=EDIT_1, id="2d")
+# Without 0001 a vector loads and counts right; columns, on disk or here, do not.
+NEEDS_0001 = pytest.mark.needs_patch("0001")
+COLUMN_ON_DISK = pytest.param(True, marks=NEEDS_0001, id="2d")
 VECTOR_ON_DISK = pytest.param(False, id="1d")
 
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -151,7 +151,7 @@ def random_column(name: str, rows: int, rng: torch.Generator) -> Tensor:
     return random_int8(rows, rng=rng)
 
 
-@EDIT_1
+@NEEDS_0001
 @each_layout
 @each_kind
 @pytest.mark.parametrize("on_disk", ["1d", "2d"])
@@ -171,7 +171,7 @@ def test_per_channel_tensors_load_as_columns(
     assert torch.equal(getattr(layer, name).data.cpu(), expected)
 
 
-@EDIT_1
+@NEEDS_0001
 @each_layout
 @pytest.mark.parametrize("on_disk", ["1d", "2d"])
 @pytest.mark.parametrize("kind", [KINDS[name] for name in FUSED], ids=FUSED)
@@ -385,7 +385,7 @@ def test_triton_kernel_reads_vectors_and_columns_alike(device, rng):
     torch.testing.assert_close(of_column.double(), expected, rtol=1e-6, atol=0)
 
 
-@EDIT_1
+@NEEDS_0001
 @pytest.mark.parametrize("on_disk", ["1d", "2d"])
 @each_kind
 def test_scales_load_a_second_time(kind, on_disk, quark_dict, rng):

@@ -37,7 +37,7 @@ ROWS = {"w1": INTERMEDIATE, "w3": INTERMEDIATE, "w2": HIDDEN}
 COLUMNS = {"w1": HIDDEN, "w3": HIDDEN, "w2": INTERMEDIATE}
 SCALES = ("w13_weight_scale", "w2_weight_scale")
 
-EDIT_2 = pytest.mark.needs_patch("0002")
+NEEDS_0002 = pytest.mark.needs_patch("0002")
 RIGHT_SCALES = pytest.mark.needs_patch("0009")
 EPLB = pytest.mark.needs_patch("0015")
 
@@ -196,7 +196,7 @@ def test_per_channel_scales_load(layout, parallel, quark_dict, rng):
     assert_scales(layer, checkpoint.scales(layout))
 
 
-@EDIT_2
+@NEEDS_0002
 @each_layout
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_per_channel_scales_become_columns(layout, static, parallel, quark_dict, rng):
@@ -307,8 +307,8 @@ def test_zero_points_are_gone_after_loading(quark_dict, rng):
 @pytest.mark.parametrize(
     "weight, static",
     [
-        pytest.param("per_channel", False, marks=EDIT_2),
-        pytest.param("per_channel", True, marks=EDIT_2),
+        pytest.param("per_channel", False, marks=NEEDS_0002),
+        pytest.param("per_channel", True, marks=NEEDS_0002),
         ("per_tensor", True),
     ],
 )
@@ -341,7 +341,7 @@ def test_weights_load_a_second_time(weight, static, quark_dict, rng):
             assert torch.equal(held.a2_scale.cpu(), checkpoint.input_scale["w2"].max())
 
 
-@EDIT_2
+@NEEDS_0002
 def test_loading_again_without_reload_is_refused(quark_dict, rng):
     """A processed scale has another shape than the checkpoint's; it must not load."""
     layer = build(quark_dict())
@@ -361,7 +361,7 @@ class Flags:
 
 
 SELECTION = [
-    pytest.param("per_channel", False, Flags(True, False), marks=EDIT_2),
+    pytest.param("per_channel", False, Flags(True, False), marks=NEEDS_0002),
     ("per_channel", True, Flags(False, None)),
     ("per_tensor", False, Flags(True, False)),
     ("per_tensor", True, Flags(False, False)),
@@ -496,7 +496,7 @@ def assert_float32(output: Tensor, expected: Tensor) -> None:
 
 
 def test_kernel_reads_vectors_and_columns_alike(product, device, rng):
-    """With activations per token, edit 2 changes no bit of this kernel's output."""
+    """With activations per token, 0002 changes no bit of this kernel's output."""
     act_scale = random_scales(NUM_TOKENS, 1, rng=rng)
     vectors = random_scales(NUM_EXPERTS, 2 * INTERMEDIATE, rng=rng)
     of_vectors, of_columns = (

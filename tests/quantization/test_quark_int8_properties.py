@@ -198,7 +198,7 @@ def check_linear(case: Linear, as_rank: Callable, quark_dict: Callable) -> None:
         assert_same(found, torch.cat(wanted), f"rank {rank} of {case.tp_size}")
 
 
-# Without edit 1 columns on disk do not load.
+# Without 0001 columns on disk do not load.
 @pytest.mark.needs_patch("0001")
 @given(case=linears())
 def test_linear_layers(case, as_rank, quark_dict):
@@ -378,7 +378,7 @@ def check_model(case: Model, as_rank: Callable, quark_dict: Callable, tmp_path) 
         assert all(".self_attn.attn." in name for name in found), sorted(found)
 
 
-# Without edit 3 excluded layers that vLLM fuses are INT8.
+# Without 0003 excluded layers that vLLM fuses are INT8.
 @pytest.mark.slow
 @pytest.mark.needs_patch("0003")
 @given(case=models())

@@ -53,7 +53,7 @@ REPORTS: dict[str, tuple[str, str, str]] = {
     "int8-3key": (USUAL, "right", "right"),
     "weight-per-tensor": (
         f"expert-tensor-scales exclude-fused {OLD}",
-        "wrong",
+        "garbage",
         "right",
     ),
     "act-per-tensor": (
@@ -63,7 +63,7 @@ REPORTS: dict[str, tuple[str, str, str]] = {
     ),
     "act-static": (
         f"expert-static-channels exclude-fused {STATIC} {NOTE} zero-points-stored",
-        "wrong",
+        "garbage",
         "refused",
     ),
     "weight-per-tensor-act-static": (
@@ -73,7 +73,7 @@ REPORTS: dict[str, tuple[str, str, str]] = {
     ),
     "act-static-without-scales": (
         f"scale-missing expert-static-channels exclude-fused {STATIC} {NOTE}",
-        "wrong",
+        "garbage",
         "refused",
     ),
     "weight-asymmetric": (
@@ -85,7 +85,7 @@ REPORTS: dict[str, tuple[str, str, str]] = {
     "act-static-asymmetric": (
         f"expert-static-channels expert-zero-points exclude-fused {STATIC} {NOTE} "
         "zero-points-stored",
-        "wrong",
+        "garbage",
         "refused",
     ),
     "shared-quantized": (USUAL, "right", "right"),
@@ -103,11 +103,15 @@ REPORTS: dict[str, tuple[str, str, str]] = {
         "refused",
         "right",
     ),
-    "exclude-glob": (f"exclude-patterns {OLD} {NOTE}", "wrong", "right"),
-    "exclude-regex": (f"exclude-fused exclude-patterns {OLD} {NOTE}", "wrong", "right"),
+    "exclude-glob": (f"exclude-patterns {OLD} {NOTE}", "garbage", "right"),
+    "exclude-regex": (
+        f"exclude-fused exclude-patterns {OLD} {NOTE}",
+        "garbage",
+        "right",
+    ),
     "exclude-forgotten": (
         f"exclude-fused float-not-excluded {OLD} float-not-excluded {NOTE}",
-        "wrong",
+        "garbage",
         "right",
     ),
     "scales-bfloat16": (f"{USUAL} zero-points-stored", "right", "right"),
@@ -124,10 +128,10 @@ REPORTS: dict[str, tuple[str, str, str]] = {
     ),
     "3key-weight-per-tensor": (
         f"expert-tensor-scales exclude-fused {OLD}",
-        "wrong",
+        "garbage",
         "right",
     ),
-    "scale-missing": (f"scale-missing {USUAL}", "wrong", "refused"),
+    "scale-missing": (f"scale-missing {USUAL}", "garbage", "refused"),
     "sharded": (USUAL, "right", "right"),
     "qwen2-moe-tiny-int8-per-expert": (f"{OLD} {NOTE}", "right", "right"),
 }
@@ -141,14 +145,13 @@ LATER: dict[str, dict[str, str]] = {
     "weight-per-tensor": {"0.33.0": "right"},
     "3key-weight-per-tensor": {"0.33.0": "right"},
 }
-OUTCOMES = {"garbage": "wrong", "right": "right", "refused": "refused"}
 
 
 def measured_on_stock() -> dict[str, str]:
     """Cell -> what stock 0.20.2 made of it, from the page that `make matrix` wrote."""
     row = re.compile(r"\| `([^`]+)` \|.*\| (?:quark|hand) \| (\w+) \| \w+ \|")
     found = map(row.match, (ROOT / "docs/measured/matrix.md").read_text().splitlines())
-    return {each[1]: OUTCOMES[each[2]] for each in found if each}
+    return {each[1]: each[2] for each in found if each}
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
@@ -181,9 +184,9 @@ def test_report(cell: Cell, tmp_path: Path):
 def test_what_stock_answers_wrong_is_an_error(cell: Cell, tmp_path: Path):
     """The status says so, and a finding names what mends it."""
     report = run.check(cell.write(tmp_path / cell.key))
-    if measured_on_stock()[cell.key] == "wrong":
+    if measured_on_stock()[cell.key] == "garbage":
         assert report.exit_status == 1
-        wrong = [each for each in report.findings if each.severity == "wrong"]
+        wrong = [each for each in report.findings if each.severity == "garbage"]
         assert wrong and all(each.remedy and each.tensors for each in wrong)
         if cell.expected == "right":
             assert all(re.search(r"patch 00\d\d|a CPU", each.remedy) for each in wrong)
@@ -262,7 +265,7 @@ def test_json():
         *("tensors", "modules", "findings", "verdicts", "deep", "fix"),
         "exit_status",
     }
-    assert report["version"] == 1
+    assert report["version"] == 2
     assert report["model"] == "int8-per-expert"
     assert report["tensors"] == 263 and report["files"] == 1
     [experts] = [
@@ -291,7 +294,7 @@ def test_json():
     [verdict] = [each for each in report["verdicts"] if each["vllm"] == MEASURED]
     assert verdict == {
         "vllm": MEASURED,
-        "outcome": "wrong",
+        "outcome": "garbage",
         "because": ["exclude-fused"],
     }
 
@@ -344,7 +347,7 @@ def test_a_copied_folder_runs_without_vllm(tmp_path: Path):
     )
     said = called(sys.executable, "-I", "-S", "-c", code)
     status, ours, is_same = json.loads(said.stderr)
-    assert status == 1 and json.loads(said.stdout)["version"] == 1
+    assert status == 1 and json.loads(said.stdout)["version"] == 2
     assert is_same and len(ours) > 20
     for name, file in ours.items():
         assert name.partition(".")[0] == "quark_check"
@@ -444,14 +447,14 @@ def test_as_a_command_of_vllm():
 @pytest.mark.parametrize(
     ("version", "name", "verdicts", "status"),
     [
-        ("0.20.2", "int8-per-expert", ["wrong", "refused"], 1),
-        ("v0.21.0+cu129", "int8-per-expert", ["wrong", "refused"], 1),
+        ("0.20.2", "int8-per-expert", ["garbage", "refused"], 1),
+        ("v0.21.0+cu129", "int8-per-expert", ["garbage", "refused"], 1),
         ("0.22", "int8-per-expert", ["right", "refused"], 0),
         ("0.32.0", "int8-per-expert", ["right", "refused"], 0),
-        ("0.32.0", "exclude-glob", ["wrong", "refused"], 1),
+        ("0.32.0", "exclude-glob", ["garbage", "refused"], 1),
         ("0.26.0", "weight-per-tensor-act-static", ["right", "refused"], 0),
         ("0.27.0", "weight-per-tensor-act-static", ["refused", "refused"], 1),
-        ("0.32.0", "weight-per-tensor", ["wrong", "refused"], 1),
+        ("0.32.0", "weight-per-tensor", ["garbage", "refused"], 1),
         ("0.33.0", "weight-per-tensor", ["right", "refused"], 0),
         ("0.19.1", "int8-per-expert", ["refused", "refused"], 1),
         ("0.20.2+quark2", "exclude-glob", ["right", "right"], 0),
@@ -459,7 +462,7 @@ def test_as_a_command_of_vllm():
         ("0.32.0+quark2", "lm-head-quantized", ["refused", "refused"], 1),
         # The group `fix` alone: what 0.22.0 brought, and no more.
         ("0.20.2+quark2.fix.cpu", "int8-per-expert", ["right", "refused"], 0),
-        ("0.20.2+quark2.fix", "exclude-glob", ["wrong", "refused"], 1),
+        ("0.20.2+quark2.fix", "exclude-glob", ["garbage", "refused"], 1),
     ],
 )
 def test_one_release(version, name, verdicts, status, tmp_path: Path):
@@ -509,7 +512,7 @@ def test_what_is_installed_comes_first(version, is_fork, first, tmp_path: Path):
     told = [each.target for each in verdicts]
     assert told[: len(first)] == first
     assert set(releases.ALL.targets()) <= set(told) and len(set(told)) == len(told)
-    expected = {"0.34.0": "unknown"}.get(version, "wrong")
+    expected = {"0.34.0": "not known"}.get(version, "garbage")
     assert verdicts[0].outcome == (
         "right" if first == list(releases.FORK) else expected
     )
@@ -557,6 +560,19 @@ def test_deep_settles_what_headers_suspect(tmp_path: Path):
     assert [each.id for each in on_cpu.because] == ["zero-point-not-zero"]
 
 
+def test_deep_says_what_it_looked_for(tmp_path: Path):
+    """Where nothing is found, too: else it cannot be told from a run without it."""
+    said = called(*arguments(BASE, "--deep"))
+    [line] = [each for each in said.stdout.splitlines() if "--deep read" in each]
+    assert line.endswith("and measured 112 INT8 weights. Found: nothing.")
+    assert "Looked for: NaN or infinity; " in said.stdout
+    assert "--deep" not in called(*arguments(BASE)).stdout
+    ignored = write("act-static-asymmetric", tmp_path)
+    deep = json.loads(called(*arguments(ignored, "--deep", "--json")).stdout)["deep"]
+    assert deep["found"] == ["zero-point-not-zero"] and deep["tensors"] > 100
+    assert deep["bytes"] > 1_000_000 and len(deep["asked"]) == 5
+
+
 def test_deep_beside_a_reference(tmp_path: Path):
     plot = tmp_path / "errors.png"
     bf16 = FIXTURES / "step3p5-tiny/bf16"
@@ -580,7 +596,7 @@ def test_another_reference_is_wrong_everywhere(tmp_path: Path):
     report = run.look_deep(run.check(BASE), tmp_path)
     assert "reference-differs" in [each.id for each in report.findings]
     outcomes = {v.target: v.outcome for v in report.judgement.verdicts}
-    assert outcomes[FORK_CPU] == outcomes["0.33.0"] == "wrong"
+    assert outcomes[FORK_CPU] == outcomes["0.33.0"] == "garbage"
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,10 @@ def _same(block_size_m: int, product: Product) -> Config:
 # The most pairs for each expert, on average, and the tiles up to there. Up to 80 the
 # weights are the traffic: a tile is thin, so that one holds all of an expert's pairs
 # and weights are read once, and the weights fill the tensor core's 64 rows. Beyond, a
-# tile is as large as the accumulators in registers allow: with _HOPPER_MANY, whose
-# kernels take the host longer to launch, which shows up to _HOPPER_FEWER columns of
-# all pairs of a rank.
+# tile is as large as the accumulators in registers allow: with _HOPPER_MANY.
+# The kernels of that table take the host longer to launch, so they are chosen where a
+# rank's pairs have more than this many columns of the intermediate, all together.
+_MIN_COLUMNS_OF_MANY = 8192 * 1280
 _THIN = Product(64, 256, 4, 4, swap_ab=True, tma_w=True)
 _WIDE = Product(128, 128, 4, 3, tma_w=True, tma_a=True)
 _HOPPER = (
@@ -118,7 +119,6 @@ _HOPPER = (
     (80, Config(64, replace(_THIN, block_size_w=128, num_stages=3), _WIDE, pdl=True)),
     (float("inf"), Config(128, Product(128, 128, 4, 3, tma_w=True), _WIDE, pdl=True)),
 )
-_HOPPER_FEWER = 8192 * 1280
 _MANY_W13 = Product(256, 128, 8, 4, tma_w=True, persistent=True)
 _MANY_W2 = Product(
     128, 128, 4, 3, tma_w=True, tma_a=True, persistent=True, ctas_per_sm=2
@@ -179,7 +179,7 @@ def choose_config(architecture: Architecture, shape: Shape) -> Config | FewConfi
         width = shape.intermediate_size
         if width <= 256:
             table = _HOPPER_NARROW
-        elif pairs_per_expert * shape.num_experts * width > _HOPPER_FEWER:
+        elif pairs_per_expert * shape.num_experts * width > _MIN_COLUMNS_OF_MANY:
             table = _HOPPER_MANY
     return next(config for most, config in table if pairs_per_expert <= most)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 # Worst first: answers are wrong on some vLLM; a vLLM refuses it; worth a look; a fact.
-Severity = Literal["wrong", "refused", "warning", "note"]
+Severity = Literal["garbage", "refused", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 # How many names a finding shows of those that it is about.
 NUM_SHOWN = 3

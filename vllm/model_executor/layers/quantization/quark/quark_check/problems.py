@@ -15,7 +15,7 @@ from .checkpoint import CheckpointError, TensorInfo, misfit
 Severity = Literal["error", "warning"]
 # What vLLM's releases make of it: garbage, an error of their own, the same as without
 # it, or what nobody looked into.
-Outcome = Literal["wrong", "refused", "right", "unknown"]
+Outcome = Literal["garbage", "refused", "right", "not known"]
 EXPORT_AGAIN = "export the checkpoint again"
 
 
@@ -46,7 +46,7 @@ _KINDS = (
     Kind(
         "config-lost",
         "error",
-        "wrong",
+        "garbage",
         "INT8 weights with scales, and no quantization_config",
         "The whole numbers would be read as if they were the weights: garbage.",
         "copy config.json from the export",
@@ -62,7 +62,7 @@ _KINDS = (
     Kind(
         "architecture-of-transformers",
         "warning",
-        "unknown",
+        "not known",
         "an architecture that this vLLM does not have, computed by Transformers' code",
         "Whether that reads this export right is not known.",
         "use a vLLM that has it",
@@ -70,7 +70,7 @@ _KINDS = (
     Kind(
         "rotation-not-applied",
         "error",
-        "wrong",
+        "garbage",
         "activations are to be rotated while the model runs",
         "No vLLM rotates them, so weights and activations would not fit together.",
         f"{EXPORT_AGAIN} without online rotation",
@@ -78,7 +78,7 @@ _KINDS = (
     Kind(
         "fake-quantized",
         "error",
-        "unknown",
+        "not known",
         "weights stored as floats beside the scales that they were rounded with",
         "Such an export is for looking at errors of rounding. vLLM has no way to read "
         "it as INT8.",
@@ -96,7 +96,7 @@ _KINDS = (
     Kind(
         "experts-differ",
         "error",
-        "unknown",
+        "not known",
         "experts of one layer are treated or stored differently",
         "vLLM fuses a layer's experts, so they have one scheme.",
         f"{EXPORT_AGAIN} with one scheme for all experts of a layer",
@@ -113,7 +113,7 @@ _KINDS = (
     Kind(
         "int8-excluded",
         "error",
-        "wrong",
+        "garbage",
         "stored as INT8, yet exclude names it",
         "The whole numbers would be read as if they were the weights: garbage.",
         "delete the entry from exclude in config.json, or export again",
@@ -121,7 +121,7 @@ _KINDS = (
     Kind(
         "int8-unasked",
         "error",
-        "unknown",
+        "not known",
         "stored as INT8, and the config asks for something else",
         "Config and weights are not of one export.",
         f"copy config.json from the export, or {EXPORT_AGAIN}",
@@ -137,7 +137,7 @@ _KINDS = (
     Kind(
         "weight-missing",
         "error",
-        "wrong",
+        "garbage",
         "a weight of the model that no tensor fills",
         "It would stay memory that nothing wrote.",
         f"{EXPORT_AGAIN}, or download the shard that has it",
@@ -145,7 +145,7 @@ _KINDS = (
     Kind(
         "scale-missing",
         "error",
-        "wrong",
+        "garbage",
         "an INT8 weight without its scale",
         "The scale would stay memory that nothing wrote, or 1.",
         f"{EXPORT_AGAIN}, or download the shard that has it",
@@ -153,7 +153,7 @@ _KINDS = (
     Kind(
         "foreign-names",
         "error",
-        "wrong",
+        "garbage",
         "scales under names that another exporter gives them",
         "vLLM reads the names that amd-quark writes for vLLM, and leaves others out.",
         f"{EXPORT_AGAIN} with amd-quark's export for Hugging Face (export_safetensors)",
@@ -161,7 +161,7 @@ _KINDS = (
     Kind(
         "experts-miscounted",
         "error",
-        "wrong",
+        "garbage",
         "fewer experts than the model has",
         "An expert that is not there would stay memory that nothing wrote.",
         "download what is missing, or correct the number of experts in config.json",
@@ -185,7 +185,7 @@ _KINDS = (
     Kind(
         "scale-of-other-dtype",
         "error",
-        "unknown",
+        "not known",
         "scales or zero points of a dtype that Quark does not write",
         "They would be cast without a word.",
         EXPORT_AGAIN,
@@ -193,7 +193,7 @@ _KINDS = (
     Kind(
         "tensor-of-other-kind",
         "error",
-        "wrong",
+        "garbage",
         "a tensor of another kind than the parameter that takes it",
         "Floats would be cut to whole numbers, or whole numbers read as floats.",
         "correct exclude in config.json, so that it names exactly the modules that "
@@ -210,7 +210,7 @@ _KINDS = (
     Kind(
         "tensor-left-out",
         "error",
-        "wrong",
+        "garbage",
         "a tensor of an INT8 layer that the model has no place for",
         "The layer would be computed without it.",
         f"{EXPORT_AGAIN} without it, or correct config.json so that the model has it",
@@ -219,7 +219,7 @@ _KINDS = (
     Kind(
         "non-finite",
         "error",
-        "wrong",
+        "garbage",
         "numbers that are NaN or infinite",
         "So is every answer in which they take part.",
         "download or copy the file again",
@@ -227,7 +227,7 @@ _KINDS = (
     Kind(
         "scale-not-positive",
         "error",
-        "wrong",
+        "garbage",
         "scales that are not finite, or not above zero where weights are not zero",
         "The weights of that channel would be lost or turned.",
         f"{EXPORT_AGAIN}: a layer that saw no data has no scale",
@@ -235,7 +235,7 @@ _KINDS = (
     Kind(
         "zero-point-not-zero",
         "error",
-        "wrong",
+        "garbage",
         "zero points that INT8 kernels ignore",
         "The numbers mean others than those that are computed with.",
         f"{EXPORT_AGAIN} with symmetric quantization",
@@ -252,7 +252,7 @@ _KINDS = (
     Kind(
         "float-not-excluded",
         "warning",
-        "wrong",
+        "garbage",
         "stored as floats without a scale, and exclude does not name it",
         "Read as floats, as it is stored. Releases of vLLM read it as INT8: garbage.",
         "nothing to do here; for other vLLMs add the names to exclude in config.json "

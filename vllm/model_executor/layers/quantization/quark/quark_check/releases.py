@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-# Worst last: what decides a verdict is the last that is met. "unknown": it may be
+# Worst last: what decides a verdict is the last that is met. "not known": it may be
 # right, and nobody has looked.
-Outcome = Literal["right", "unknown", "wrong", "refused"]
+Outcome = Literal["right", "not known", "garbage", "refused"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 FORK_GPU, FORK_CPU = "this fork, GPU", "this fork, CPU"
 FORK = (FORK_GPU, FORK_CPU)

@@ -22,19 +22,13 @@ from .rules import part_of
 from .verdicts import Judgement
 
 # Of the JSON. It grows when a key changes its meaning or goes, not when one is added.
-VERSION = 1
-FINE, WRONG, UNREADABLE = 0, 1, 2
-_WORDS = {
-    "wrong": "garbage",
-    "right": "right",
-    "refused": "refused",
-    "unknown": "not known",
-}
+VERSION = 2
+FINE, GARBAGE, UNREADABLE = 0, 1, 2
 _STYLES = {
-    "wrong": "bold red",
+    "garbage": "bold red",
     "refused": "yellow",
     "warning": "yellow",
-    "unknown": "dim",
+    "not known": "dim",
     "note": "dim",
     "right": "green",
 }
@@ -66,7 +60,7 @@ class Report:
 
     @property
     def exit_status(self) -> int:
-        return FINE if self.judgement.is_fine else WRONG
+        return FINE if self.judgement.is_fine else GARBAGE
 
 
 def printable(text: object) -> str:
@@ -172,6 +166,8 @@ def show(
     kinds = by_layer(report.kinds) if layers else report.kinds
     console.print(_modules(kinds, console, verbose))
     _show_findings(report.findings, console)
+    if report.deep:
+        _show_deep(report.deep, console)
     console.print(_verdicts(report, console))
     if verbose:
         console.print()
@@ -255,13 +251,25 @@ def _show_findings(findings: list[Finding], console: Console) -> None:
         console.print()
 
 
+def _show_deep(deep: dict[str, Any], console: Console) -> None:
+    """What --deep read, asked and found, also where it found nothing."""
+    found = ", ".join(deep["found"]) or "nothing"
+    line = (
+        f"--deep read {deep['tensors']:,} tensors ({size(deep['bytes'])}) and measured "
+        f"{len(deep['modules']):,} INT8 weights. Found: {found}."
+    )
+    console.print(_line(line, "bold"))
+    asked = _line(f"Looked for: {'; '.join(deep['asked'])}.")
+    console.print(Padding(asked, (0, 0, 1, 3), expand=False))
+
+
 def _verdicts(report: Report, console: Console) -> Table:
     table = _table(console, "vLLM", "this checkpoint", "because of")
     for verdict in report.judgement.verdicts:
         because = ", ".join(
             f"{report.findings.index(each) + 1} {each.id}" for each in verdict.because
         )
-        word = Text(_WORDS[verdict.outcome], _STYLES[verdict.outcome])
+        word = Text(verdict.outcome, _STYLES[verdict.outcome])
         table.add_row(_name(report, verdict.target), word, _line(because))
     return table
 

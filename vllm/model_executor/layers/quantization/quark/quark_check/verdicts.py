@@ -36,10 +36,10 @@ class Judgement:
         does not refuse it everywhere."""
         refused = {v.target for v in self.verdicts if v.outcome == "refused"}
         if self.scope.is_one:
-            is_wrong = any(v.outcome == "wrong" for v in self.verdicts)
+            is_wrong = any(v.outcome == "garbage" for v in self.verdicts)
             return not is_wrong and not refused.issuperset(self.scope.targets())
         worst = {each.severity for each in self.findings}
-        return "wrong" not in worst and not refused.issuperset(FORK)
+        return "garbage" not in worst and not refused.issuperset(FORK)
 
 
 def judge(
@@ -71,7 +71,7 @@ def judge(
         }
         outcome: Outcome = max(met.values(), key=OUTCOMES.index, default="right")
         if checkpoint.export is None and outcome == "right":
-            outcome = "unknown"
+            outcome = "not known"
         because = tuple(
             issues[at].finding
             for at, found in met.items()

@@ -56,7 +56,7 @@ def fault_findings(faults: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
     if names := faults.get(NON_FINITE):
         yield finding(
             NON_FINITE,
-            "wrong",
+            "garbage",
             "tensors that hold NaN or infinity",
             "one such number makes every answer that meets it NaN; vLLM 0.20.2 loads "
             "it, this fork refuses it",
@@ -66,7 +66,7 @@ def fault_findings(faults: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
     if names := faults.get(NOT_POSITIVE):
         yield finding(
             NOT_POSITIVE,
-            "wrong",
+            "garbage",
             "scales of zero or below",
             "the channel answers zero, or with the wrong sign; a layer that saw no "
             "data has no scale; vLLM 0.20.2 loads it, this fork refuses it",
@@ -79,7 +79,7 @@ def fault_findings(faults: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
     if names := faults.get(NOT_ZERO):
         yield finding(
             NOT_ZERO,
-            "wrong",
+            "garbage",
             "zero points other than zero, which INT8 kernels ignore",
             "every number of the layer is shifted; vLLM 0.20.2 drops them in silence, "
             "this fork refuses them",

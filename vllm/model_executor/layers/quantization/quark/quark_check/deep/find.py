@@ -25,17 +25,39 @@ from .measure import Counter, ModuleStats, Progress, Scales, measure, nbytes
 from .outliers import stand_out
 from .reference import Reference, reference_findings
 
+# What --deep looks for in every checkpoint, and beside a reference.
+ASKED = (
+    "NaN or infinity",
+    "scales of zero or below",
+    "zero points that kernels ignore and that are not 0",
+    "channels with many weights at the end of the range",
+    "norms far from their neighbours'",
+)
+ASKED_OF_REFERENCE = "weights far from the reference's"
+
 
 @dataclass(frozen=True)
 class DeepResult:
-    """findings: worst first; modules: of every INT8 weight, in the files' order."""
+    """findings: worst first; modules: of every INT8 weight, in the files' order;
+    tensors, bytes: how many were read of the checkpoint; asked: what was looked for, in
+    words."""
 
     findings: tuple[Finding, ...]
     modules: tuple[ModuleStats, ...]
+    tensors: int
+    bytes: int
+    asked: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """`modules`, an object for each as in ModuleStats."""
-        return {"modules": [asdict(module) for module in self.modules]}
+        """As in this class; of findings the ids, an object as in ModuleStats for each
+        module."""
+        return {
+            "tensors": self.tensors,
+            "bytes": self.bytes,
+            "asked": list(self.asked),
+            "found": [each.id for each in self.findings],
+            "modules": [asdict(module) for module in self.modules],
+        }
 
 
 def _is_int8(module: Module) -> bool:
@@ -80,8 +102,8 @@ def deep_findings(
                 if found is None:
                     missing.append(part)
             pairs.append((part, module, index, count, found))
-    total = sum(map(nbytes, tensors.values()))
-    total += sum(
+    stored_bytes = sum(map(nbytes, tensors.values()))
+    total = stored_bytes + sum(
         nbytes(found[0]) // (found[0].shape[0] if len(found[0].shape) == 3 else 1)
         for *_, found in pairs
         if found
@@ -106,4 +128,10 @@ def deep_findings(
         pairs_compared = {part for part, *_, found in pairs if found}
         both = [module for module in modules if module.name in pairs_compared]
         findings += reference_findings(both, missing)
-    return DeepResult(tuple(worst_first(findings)), tuple(modules))
+    return DeepResult(
+        tuple(worst_first(findings)),
+        tuple(modules),
+        len(tensors),
+        stored_bytes,
+        (*ASKED, ASKED_OF_REFERENCE) if compared else ASKED,
+    )

@@ -67,7 +67,7 @@ def reference_findings(
         worst = f"up to {known[names[0]]:.3g}" if names else "not a number"
         yield finding(
             "reference-differs",
-            "wrong",
+            "garbage",
             f"weights that are not the reference's: relative error {worst}",
             f"rounding to INT8 gives some 0.01; {ERROR_WRONG:g} and more is another "
             "tensor, another scale, or another model",

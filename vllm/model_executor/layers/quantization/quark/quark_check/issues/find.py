@@ -22,12 +22,12 @@ _REFUSED_WHEN_READ = ("non-finite", "scale-not-positive", "zero-point-not-zero")
 
 def deep_issue(found: Finding, scope: Scope = ALL) -> Issue:
     """What comes of something that --deep found."""
-    if found.severity != "wrong":
+    if found.severity != "garbage":
         return Issue(found, {})
     refused = found.id in _REFUSED_WHEN_READ
     return Issue(
         found,
-        on(scope.stock(), "wrong") | on(FORK, "refused" if refused else "wrong"),
+        on(scope.stock(), "garbage") | on(FORK, "refused" if refused else "garbage"),
     )
 
 
@@ -86,7 +86,7 @@ def _release_unknown(scope: Scope) -> Iterator[Issue]:
                 f"Known are {ranges}, and builds of this fork on these.",
                 "see what is said of the releases before and after it",
             ),
-            on((each for row in rows for each in row.targets), "unknown"),
+            on((each for row in rows for each in row.targets), "not known"),
         )
 
 
@@ -105,13 +105,13 @@ def _without_int8(checkpoint: Checkpoint, scope: Scope) -> Iterator[Issue]:
         yield Issue(
             finding(
                 kind.id,
-                "wrong",
+                "garbage",
                 kind.summary,
                 f"{kind.why} This fork refuses it.",
                 kind.remedy,
                 int8,
             ),
-            on(scope.stock(), "wrong") | on(FORK, "refused"),
+            on(scope.stock(), "garbage") | on(FORK, "refused"),
         )
         return
     yield Issue(

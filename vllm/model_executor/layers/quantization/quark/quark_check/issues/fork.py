@@ -30,7 +30,7 @@ def fork_issues(known: Known) -> Iterator[Issue]:
                 )
             continue
         outcome = "right" if id in _TOLD_OTHERWISE else kind.stock
-        severity: Severity = "wrong" if outcome == "wrong" else "refused"
+        severity: Severity = "garbage" if outcome == "garbage" else "refused"
         why = f"{kind.why} This fork (patch 0010) refuses it: {problems[0].error}"
         remedy = problems[0].remedy or kind.remedy
         yield Issue(

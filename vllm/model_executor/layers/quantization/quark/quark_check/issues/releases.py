@@ -157,7 +157,7 @@ REFUSED = {
 
 
 def release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
-    # (finding, "wrong" or "refused") -> release -> names of modules; refusals by id.
+    # (finding, "garbage" or "refused") -> release -> names of modules; refusals by id.
     found: dict[tuple[str, Outcome], dict[str, list[str]]] = {}
     refusals: dict[str, str] = {}
     # Those, too, of which this fork's model does not know where they go.
@@ -184,7 +184,7 @@ def release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
                 continue
             if error := structure.refuses(int8):
                 id = "model-does-not-load"
-                outcome: Outcome = "wrong" if error.startswith(LEAVES) else "refused"
+                outcome: Outcome = "garbage" if error.startswith(LEAVES) else "refused"
                 note(id, outcome, row, [])
                 refusals[id] = f"{error:.200}"
             for prefix, asked in structure.layers.items():
@@ -199,7 +199,7 @@ def release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
         rows = [row for row in known.scope.stock() if row in by_row]
         names = list(dict.fromkeys(n for each in by_row.values() for n in each))
         old = f"vLLM {known.scope.listed(rows)}"
-        if outcome == "wrong":
+        if outcome == "garbage":
             summary, why, remedy = WRONG[id]
             summary = f"{old} {summary}"
         else:
@@ -208,7 +208,7 @@ def release_issues(known: Known, but: set[str]) -> Iterator[Issue]:
         yield Issue(
             finding(
                 id,
-                outcome if outcome in ("wrong", "refused") else "note",
+                outcome if outcome in ("garbage", "refused") else "note",
                 summary.format(**words),
                 why.format(**words),
                 remedy,
@@ -236,7 +236,7 @@ def _told(
             return "exclude-experts", "refused"
         return "exclude-in-part", "refused"
     if decision.config is None:
-        return ("int8-left-float", "wrong") if have_int8 else None
+        return ("int8-left-float", "garbage") if have_int8 else None
     if decision.config.get("output_tensors") or decision.config.get("bias"):
         return "scheme-unread", "refused"
     if not decision.config.get("weight"):
@@ -244,7 +244,7 @@ def _told(
     if not is_int8(decision.config):
         return None  # another scheme, which is not looked into
     if have_floats:
-        return _cause(known, config, asked, weights), "wrong"
+        return _cause(known, config, asked, weights), "garbage"
     if have_int8 and own is not None and _differ(decision.config, own):
         return "override-unread", "refused"
     return None

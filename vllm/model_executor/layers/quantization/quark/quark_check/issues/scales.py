@@ -37,7 +37,7 @@ def scheme_issues(int8: list[Int8], scope: Scope, but: set[str]) -> Iterator[Iss
         yield Issue(
             finding(
                 "expert-tensor-scales",
-                "wrong",
+                "garbage",
                 "experts with one scale a tensor and activations per token",
                 f"vLLM {scope.listed(old)} gives every expert the first expert's "
                 "scale, on GPUs, without a word: garbage.",
@@ -45,7 +45,7 @@ def scheme_issues(int8: list[Int8], scope: Scope, but: set[str]) -> Iterator[Iss
                 "each expert its own",
                 tensor_scales,
             ),
-            on(old, "wrong"),
+            on(old, "garbage"),
         )
     old = scope.without("expert-static-refusal", but)
     if static_channels and (old or scope.has_fork):
@@ -56,7 +56,7 @@ def scheme_issues(int8: list[Int8], scope: Scope, but: set[str]) -> Iterator[Iss
         yield Issue(
             finding(
                 "expert-static-channels",
-                "wrong",
+                "garbage",
                 "experts with one scale a channel and static activations",
                 (kernel if old else "")
                 + "This fork refuses it on GPUs (patch 0028) but Hopper (patch 0012), "
@@ -65,13 +65,13 @@ def scheme_issues(int8: list[Int8], scope: Scope, but: set[str]) -> Iterator[Iss
                 "fork on a Hopper GPU or a CPU",
                 static_channels,
             ),
-            on(old, "wrong") | on([FORK_GPU], "refused"),
+            on(old, "garbage") | on([FORK_GPU], "refused"),
         )
     if asymmetric:
         yield Issue(
             finding(
                 "expert-zero-points",
-                "wrong",
+                "garbage",
                 "experts with static, asymmetric activations",
                 "INT8 kernels ignore the zero points of activations of experts. Unless "
                 "all are 0, which --deep tells, answers are wrong; this fork (patch "
@@ -79,7 +79,7 @@ def scheme_issues(int8: list[Int8], scope: Scope, but: set[str]) -> Iterator[Iss
                 "export the checkpoint again with symmetric activations",
                 asymmetric,
             ),
-            on(scope.stock(), "wrong") | on(FORK, "refused"),
+            on(scope.stock(), "garbage") | on(FORK, "refused"),
         )
 
 

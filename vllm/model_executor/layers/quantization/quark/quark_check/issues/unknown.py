@@ -26,7 +26,7 @@ def unknown_issues(
                 "run `vllm quark-check` where the vLLM that you serve with is "
                 "installed: it asks the model itself",
             ),
-            on(FORK, "unknown"),
+            on(FORK, "not known"),
         )
     elif known.unknown:
         yield Issue(
@@ -39,7 +39,7 @@ def unknown_issues(
                 "installed: it asks the model itself",
                 known.unknown,
             ),
-            on(FORK, "unknown"),
+            on(FORK, "not known"),
         )
     lacking = [
         row
@@ -60,7 +60,7 @@ def unknown_issues(
                 "Of those releases nothing, or not all, is known of this architecture.",
                 "nothing to do",
             ),
-            on(lacking, "unknown"),
+            on(lacking, "not known"),
         )
     yield from _cpu_issues(known)
     yield from _stock_cpu_issues(known, but)
@@ -80,7 +80,7 @@ def unknown_issues(
                 "nothing to do",
                 others,
             ),
-            on([*known.scope.stock(), *FORK], "unknown"),
+            on([*known.scope.stock(), *FORK], "not known"),
         )
 
 
@@ -102,7 +102,7 @@ def _cpu_issues(known: Known) -> Iterator[Issue]:
                 "Upstream's CPU platform lacks some models' layers.",
                 "see docs/measured/families.md for those that were run",
             ),
-            on([FORK_CPU], "unknown"),
+            on([FORK_CPU], "not known"),
         )
 
 
@@ -151,5 +151,5 @@ def _stock_cpu_issues(known: Known, but: set[str]) -> Iterator[Issue]:
                 "Upstream's CPU platform lacks some models' layers.",
                 "see docs/guide/quark-check.md for those that were run",
             ),
-            on((row.on_cpu for row in unseen), "unknown"),
+            on((row.on_cpu for row in unseen), "not known"),
         )
