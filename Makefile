@@ -163,8 +163,9 @@ $(WHEEL): $(TOOLS_READY) $(WHEEL_SOURCES)
 	@ls -t dist/vllm-*.whl | head -n 1 > $@
 
 $(FORK_READY): $(WHEEL) requirements-$(VLLM_TARGET_DEVICE).txt
+	@# Two builds may have one version, and pip leaves a version that it has already.
+	$(BIN)/python -m pip uninstall --yes vllm
 	$(BIN)/python -m pip install $(REQUIREMENTS) --group test "$$(cat $(WHEEL))"
-	$(BIN)/python -m pip install --no-deps --force-reinstall "$$(cat $(WHEEL))"
 	@# The index's torchvision does not load beside a CPU build of torch, and then neither
 	@# does Transformers. vLLM runs without it, but reads no pictures and no sound.
 	@test $(VLLM_TARGET_DEVICE) != cpu || $(BIN)/python -c "import torchvision" 2>/dev/null \

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Right against garbage: Quark INT8 exports of a small Step-3.5 that was trained to
-add, with the fork and as stock: the fork with no patch but those that a CPU needs.
+add, read by the fork and by stock. Stock is the base release plus the patches that a
+CPU needs.
 
 From 0.22.0 on upstream holds the group `fix`, and stock reads two of the three exports
-right; what is excluded by globs it reads wrong in every release.
+right. The third excludes modules by globs, which every release reads wrong.
 
-Asks 200 sums that the model was not trained on; bfloat16 is the float32 forward pass in
-plain torch of the same model's bfloat16 weights. Prints two tables, writes
+Asks 200 sums that the model was not trained on. The row bf16 is a float32 forward pass
+in plain torch, with the same model's bfloat16 weights. Prints two tables, writes
 build/demo.json, then serves an export and asks it once. Exits with 1 where the fork
 misses the bar.
 """
@@ -84,7 +85,7 @@ def measure() -> tuple[Results, Said]:
     next(cell for cell in CELLS if cell.name == "exclude-glob").write(GLOBS)
     with step(f"The reference answers {len(QUESTIONS)} questions"):
         reference = make_reference(prompts)
-    with step("Building stock: the fork with its patches for CPUs alone"):
+    with step("Building stock: the base release plus the patches that a CPU needs"):
         stock = install_only(*CPU_PATCHES)
     results: Results = {}
     said: Said = {"bf16": dict.fromkeys(LAYOUTS, reference)}
@@ -115,7 +116,8 @@ def right(exact_match: float) -> str:
     return f"{exact_match * len(QUESTIONS):.0f} of {len(QUESTIONS)}"
 
 
-def show(results: Results, exact_match: dict[str, float]) -> None:
+def table_of(results: Results, exact_match: dict[str, float]) -> Table:
+    """What `make demo` shows first: a row for each layout and build."""
     title = f"Quark INT8 in vLLM {RELEASE} against the float32 reference"
     table = Table(title=title, title_justify="left")
     for name in ("layout", "vLLM"):
@@ -137,7 +139,7 @@ def show(results: Results, exact_match: dict[str, float]) -> None:
                 f"{figures['overlap20']:.3f}",
                 "not finite" if delta is None else f"{delta:.3f}",
             )
-    console.print(table)
+    return table
 
 
 def show_samples(said: Said, layout: str) -> None:
@@ -229,7 +231,7 @@ def stop(server: subprocess.Popen, log: Path) -> None:
 def main() -> None:
     results, said = measure()
     exact_match = exact_matches(results, said)
-    show(results, exact_match)
+    console.print(table_of(results, exact_match))
     show_samples(said, "globs")
     demo = ROOT / "build/demo.json"
     figures = {"exact_match": exact_match, **results}

@@ -2,7 +2,11 @@
 """patches/README.md: what each patch is, from what the patches say themselves."""
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
+from tools.repack import overlay_of
 from tools.series import Patch, group_lines, groups_of, read_series
 from tools.upstream import ROOT, releases, series_folders
 
@@ -17,6 +21,45 @@ group applies on `fix` alone, where the release does not hold that itself, with 
 patches that it depends on. docs/maintain/new-release.md has the rules.
 """
 COLUMNS = ("patch", "what", "why", "needs", "offered upstream", "goes when")
+
+
+CHANGED = re.compile(r"^[+-](?!\+\+ |-- )", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a group is: its patches, the lines that they add and take away, and the
+    Python files of the overlay that it is the first to name, with their lines."""
+
+    patches: int
+    changed: int
+    files: int
+    lines: int
+
+    def __str__(self) -> str:
+        files = f"{self.files} files, {self.lines:,} lines" if self.files else "none"
+        return f"{self.patches} patches, {self.changed} lines; new: {files}"
+
+
+def sizes(folder: Path) -> dict[str, Size]:
+    """Group -> its size, of a series. What two groups name counts for the first."""
+    patches = read_series(folder)
+    seen: set[str] = set()
+    found = {}
+    for group in groups_of(patches):
+        mine = [patch for patch in patches if patch.group == group]
+        new = {name for name in overlay_of(mine) if name.endswith(".py")} - seen
+        seen |= new
+        changed = sum(
+            len(CHANGED.findall(patch.path.read_text().partition("\ndiff --git")[2]))
+            for patch in mine
+        )
+        found[group] = Size(len(mine), changed, len(new), _num_lines(new))
+    return found
+
+
+def _num_lines(names: Iterable[str]) -> int:
+    return sum(len((ROOT / name).read_text().splitlines()) for name in names)
 
 
 def table() -> str:

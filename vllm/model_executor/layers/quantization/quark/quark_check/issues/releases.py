@@ -79,7 +79,7 @@ TOO_OLD = {
 # What a release does with a layer -> how bad it is, and the finding's texts.
 WRONG = {
     "exclude-fused": (
-        "would read {what} as INT8: garbage",
+        "would read {what} as INT8",
         "It fuses them, and its model does not say from what, so it does not find the "
         "fused layers in exclude: their floats are cut to whole numbers without a "
         "word, and scales that the export does not hold stay memory that nothing "
@@ -89,32 +89,32 @@ WRONG = {
         "(--fix adds them)",
     ),
     "exclude-patterns": (
-        "does not find {what} in exclude: garbage",
+        "does not find {what} in exclude",
         "It knows full names and re: with its own names for modules, and no globs, so "
         "it would read these floats as INT8.",
         "this fork: patch 0008; or full names in exclude in config.json (--fix does)",
     ),
     "exclude-experts": (
-        "would read experts that exclude names as INT8: garbage",
+        "would read experts that exclude names as INT8",
         "It fuses the experts under one name, which exclude does not have; from 0.26.0 "
         "on it finds them by their full names.",
         "this fork: patch 0008; or, from vLLM 0.26.0 on, full names in exclude in "
         "config.json (--fix does)",
     ),
     "float-not-excluded": (
-        "would read {what} as INT8: garbage",
+        "would read {what} as INT8",
         "They are stored as floats, and exclude does not name them. This fork reads "
         "what is stored.",
         "this fork: patch 0010; or their names in exclude in config.json (--fix adds "
         "them)",
     ),
     "model-does-not-load": (
-        "leaves parameters without numbers: garbage",
+        "leaves parameters without numbers",
         "Its model does not take these INT8 weights as they are stored: {refusal}.",
         "an export that leaves these layers as floats",
     ),
     "int8-left-float": (
-        "would read {what} as floats: garbage",
+        "would read {what} as floats",
         "It finds them in exclude, or in an override that leaves them alone, by rules "
         "that are not Quark's.",
         "this fork: patch 0008",
