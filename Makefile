@@ -50,7 +50,8 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help install wheel demo ask matrix test test-slow test-all test-nightly \
     test-mutants fuzz fuzz-check fixtures architectures \
-    fixtures-train tree patches patches-table mails check-patches check-groups lint \
+    fixtures-train tree patches patches-table mails check-patches check-groups \
+    new-release lint docs-check \
     bench bench-check \
     bench-load bench-serving stress clean
 
@@ -127,10 +128,20 @@ check-patches: $(TOOLS_READY) ## apply the series, and each group on fix, to eve
 check-groups: $(FORK_READY) ## build fix with each other group; import it, load an export
 	$(BIN)/python -m tools.check_groups $(GROUPS)
 
-lint: $(LINT_READY) ## ruff and mypy
+new-release: $(TOOLS_READY) ## try the newest series on vLLM's newest release
+	$(BIN)/python -m tools.newest $(RELEASE)
+
+lint: $(LINT_READY) docs-check ## ruff, mypy, the workflows, the docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms \
+	    $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/zizmor --offline --quiet .github/workflows
+
+docs-check: $(LINT_READY) ## links, commands, figures and tables of the docs
+	$(BIN)/python -m tools.docs_check
 
 bench: $(FORK_READY) ## measure the INT8 fused MoE here
 	$(BIN)/python -m benchmarks.kernels.$(if $(filter \

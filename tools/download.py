@@ -202,7 +202,7 @@ def index_url(filename: str) -> str:
     """URL of a file on the package index that pip is configured for."""
     project = parse_wheel_filename(filename)[0]
     try:
-        with PyPISimple(_configured_index()) as index:
+        with PyPISimple(configured_index()) as index:
             packages = index.get_project_page(project, timeout=TIMEOUT_S).packages
     except (NoSuchProjectError, requests.RequestException) as error:
         raise ForkError(
@@ -218,7 +218,7 @@ def index_url(filename: str) -> str:
     )
 
 
-def _configured_index() -> str:
+def configured_index() -> str:
     """The index that pip uses: the user's mirror, if there is one."""
     command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
     pip = subprocess.run(command, capture_output=True, text=True)
