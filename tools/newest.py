@@ -66,8 +66,8 @@ def failures(patches: list[Patch], files: dict[str, bytes]) -> dict[str, str]:
                 apply_patch(patch.path, tree)
             except DoesNotApply as error:
                 lines = str(error).splitlines()
-                said = [each for each in lines if each.startswith("error: patch failed")]
-                found[patch.number] = (said or lines)[0]
+                where = [line for line in lines if "patch failed" in line]
+                found[patch.number] = (where or lines)[0]
     return found
 
 
