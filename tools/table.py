@@ -18,7 +18,7 @@ HEAD = """\
 
 A number is a patch's name for good, not its place: it is the same in every series. Each
 group applies on `fix` alone, where the release does not hold that itself, with the
-patches that it depends on. docs/maintain/new-release.md has the rules.
+patches that it depends on. docs/maintain/patches.md has the rules.
 """
 COLUMNS = ("patch", "what", "why", "needs", "offered upstream", "goes when")
 
