@@ -14,7 +14,13 @@
       -->
 
   a line for each: what the text says, and where the file has it. The text must be on
-  the page above the comment, and the file's number, rounded to as many digits, the same.
+  the page above the comment. The file's number, rounded to as many digits, must be it.
+- Tables of figures: below a table
+
+      <!-- table: benchmarks/results/NVIDIA_H200/router.json upstream_us/ours_us -->
+
+  Each number of its rows is one of the file, a per cent of one, or the quotient of two
+  keys that an object there has. Names, dates and ranges apart: this finds slips of pen.
 - README: at most 140 lines, no cell of a table over 120 characters; sizes of groups.
 - patches/README.md is what the patches say.
 """
@@ -45,6 +51,8 @@ LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FIGURES = re.compile(r"<!-- figures: (\S+)\n(.*?)-->", re.DOTALL)
+TABLE_OF = re.compile(r"((?:^\|.*\n)+)\n?<!-- table: (\S+)((?: \S+)*) -->", re.M)
+NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?![\w-]*[a-wyz_-])")
 STEP = re.compile(r"([^.\[\]]+)|\[([^\]]+)\]|\.")
 MAKE = re.compile(
     r'(?:^|&& |; )(?:[A-Z_]+=\S+ )*make((?: [A-Z_]+=(?:"[^"]*"|\S+)| [a-z-]+)+)'
@@ -200,6 +208,41 @@ def wrong_figures(path: Path, root: Path = ROOT) -> Iterator[str]:
                 yield f"{said}: {file} has {found:g} at {expression}"
 
 
+def _numbers(data: Any, ratios: list[list[str]]) -> Iterator[float]:
+    """All numbers of JSON, and the quotients of keys that an object has both."""
+    if isinstance(data, dict):
+        for above, below in ratios:
+            pair = data.get(above), data.get(below)
+            if all(isinstance(each, int | float) and each for each in pair):
+                yield pair[0] / pair[1]
+        data = list(data.values())
+    if isinstance(data, list):
+        for each in data:
+            yield from _numbers(each, ratios)
+    elif isinstance(data, int | float) and not isinstance(data, bool):
+        yield data
+
+
+def unknown_numbers(path: Path, root: Path = ROOT) -> Iterator[str]:
+    """Numbers of tables that the file named below them does not have."""
+    for rows, file, more in TABLE_OF.findall(path.read_text()):
+        if not (root / file).exists():
+            yield f"table of {file}: there is no such file"
+            continue
+        ratios = [ratio.split("/") for ratio in more.split()]
+        known = list(_numbers(json.loads((root / file).read_text()), ratios))
+        known += [100 * each for each in known]
+        by_digits: dict[int, set[str]] = {}
+        for line in rows.splitlines()[2:]:
+            for number in NUMBER.findall(line):
+                plain = number.replace(",", "")
+                digits = len(plain.partition(".")[2])
+                if digits not in by_digits:
+                    by_digits[digits] = {f"{each:.{digits}f}" for each in known}
+                if plain not in by_digits[digits]:
+                    yield f"table of {file}: it has no {number} ({line.strip()})"
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
@@ -224,7 +267,7 @@ def faults() -> Iterator[str]:
     """Each with its page and what to look at."""
     for path in pages():
         name = path.relative_to(ROOT)
-        for check in (broken_links, unknown_commands, wrong_figures):
+        for check in (broken_links, unknown_commands, wrong_figures, unknown_numbers):
             yield from (f"{name}: {fault}" for fault in check(path))
     yield from (f"README.md: {fault}" for fault in readme_faults(README.read_text()))
     if TABLE.read_text() != table():
