@@ -19,8 +19,8 @@
 
       <!-- table: benchmarks/results/NVIDIA_H200/router.json upstream_us/ours_us -->
 
-  Each number of its rows is one of the file, a per cent of one, or the quotient of two
-  keys that an object there has. Names, dates and ranges apart: this finds slips of pen.
+  Each number of its rows, but for those in the first column, is one of the file, 100
+  times one, or the quotient of two keys that an object there has.
 - README: at most 140 lines, no cell of a table over 120 characters; sizes of groups.
 - patches/README.md is what the patches say.
 """
@@ -52,7 +52,7 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FIGURES = re.compile(r"<!-- figures: (\S+)\n(.*?)-->", re.DOTALL)
 TABLE_OF = re.compile(r"((?:^\|.*\n)+)\n?<!-- table: (\S+)((?: \S+)*) -->", re.M)
-NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?![\w-]*[a-wyz_-])")
+NUMBER = re.compile(r"(?<![\w.-])\d+(?:,\d{3})*(?:\.\d+)?(?![\d,]*\d)")
 STEP = re.compile(r"([^.\[\]]+)|\[([^\]]+)\]|\.")
 MAKE = re.compile(
     r'(?:^|&& |; )(?:[A-Z_]+=\S+ )*make((?: [A-Z_]+=(?:"[^"]*"|\S+)| [a-z-]+)+)'
@@ -202,7 +202,7 @@ def wrong_figures(path: Path, root: Path = ROOT) -> Iterator[str]:
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 yield f"{said}: {file} has no {expression}: {error}"
                 continue
-            number = re.sub(r"[^\d.]", "", said)
+            number = re.sub(r"[^\d.]", "", said.partition(" ")[0])
             digits = len(number.partition(".")[2])
             if f"{found:.{digits}f}" != number:
                 yield f"{said}: {file} has {found:g} at {expression}"
@@ -234,7 +234,7 @@ def unknown_numbers(path: Path, root: Path = ROOT) -> Iterator[str]:
         known += [100 * each for each in known]
         by_digits: dict[int, set[str]] = {}
         for line in rows.splitlines()[2:]:
-            for number in NUMBER.findall(line):
+            for number in NUMBER.findall(" | ".join(cells(line)[1:])):
                 plain = number.replace(",", "")
                 digits = len(plain.partition(".")[2])
                 if digits not in by_digits:
