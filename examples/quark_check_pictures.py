@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw what `vllm quark-check` says of the three failures of docs/measured/edits.md.
+"""Draw what `vllm quark-check` says of the three failures of docs/measured/fix.md.
 
     python -m examples.quark_check_pictures
 
