@@ -236,11 +236,21 @@ def unknown_numbers(path: Path, root: Path = ROOT) -> Iterator[str]:
         for line in rows.splitlines()[2:]:
             for number in NUMBER.findall(" | ".join(cells(line)[1:])):
                 plain = number.replace(",", "")
-                digits = len(plain.partition(".")[2])
+                digits = digits_of(plain)
                 if digits not in by_digits:
-                    by_digits[digits] = {f"{each:.{digits}f}" for each in known}
+                    by_digits[digits] = {rounded(each, digits) for each in known}
                 if plain not in by_digits[digits]:
                     yield f"table of {file}: it has no {number} ({line.strip()})"
+
+
+def digits_of(number: str) -> int:
+    """Digits behind the point; below 0, how many digits before it are rounded off."""
+    whole, _, fraction = number.partition(".")
+    return len(fraction) or len(whole.rstrip("0")) - len(whole)
+
+
+def rounded(value: float, digits: int) -> str:
+    return f"{round(value, digits):.{max(digits, 0)}f}"
 
 
 def cells(line: str) -> list[str]:
