@@ -315,18 +315,21 @@ def markdown(rows: Sequence[Mapping[str, Any]], heading: str) -> str:
         f"Written by `make matrix`. {heading}.",
         "",
         "Small models of random weights, exported by hand in the layout that amd-quark "
-        "0.13 writes ([families.py](../../tests/fixtures/families.py)), asked "
-        f"{NUM_PROMPTS} random prompts over poisoned memory. The figure is the mean "
-        f"overlap of the {TOP} likeliest first tokens with the reference: "
-        f"{DEQUANTIZED}. `right`: finite, and no less than the bar: what the reference "
+        "0.13 writes ([families.py](../../tests/fixtures/families.py)). Each is asked "
+        f"{NUM_PROMPTS} random prompts; what is not loaded is memory full of NaN. The "
+        f"figure is the mean overlap of the {TOP} likeliest first tokens with the "
+        f"reference: {DEQUANTIZED}.",
+        "",
+        "- `right`: finite, and no less than the bar. The bar is what the reference "
         "keeps of itself with activations in INT8 and products in bfloat16, less "
-        f"{BAR_ERRORS} standard errors and {BAR_BFLOAT16}. `garbage`: less. `refused`: "
-        "the engine ended with an error. `needs a GPU`: so does the unquantized model, "
-        f"with the same error. Models that take pictures are asked {NUM_PICTURES} "
-        "questions with one too: `garbage: with pictures` says that those alone are "
-        "not answered as by the unquantized model. Figures are the fork's, or stock's "
-        "where the fork has none; quark-check's verdicts are of the fork, then of "
-        "stock.",
+        f"{BAR_ERRORS} standard errors and {BAR_BFLOAT16}.",
+        "- `garbage`: less than the bar. `refused`: the engine ended with an error.",
+        "- `needs a GPU`: so does the unquantized model, with the same error.",
+        "- `garbage: with pictures`: models that take pictures are asked "
+        f"{NUM_PICTURES} questions with one too, and those alone are not answered as "
+        "by the unquantized model.",
+        "- Figures are the fork's, or stock's where the fork has none. quark-check's "
+        "verdicts are of the fork, then of stock.",
         "",
         "| family | architecture | export | stock | fork | quark-check "
         f"| top {TOP} | bar |",

@@ -42,9 +42,7 @@ from tools.mutants import install_only
 
 WORK = ROOT / "build/matrix"
 JSON, MARKDOWN = ROOT / "build/matrix.json", ROOT / "docs/measured/matrix.md"
-STOCK_ON_CPU = (
-    "stock: the fork with no patch but 0004-0007, for CPUs, and what these need"
-)
+STOCK_ON_CPU = "stock: the base release plus the patches that a CPU needs, 0004 to 0007"
 
 # What counts as right, against the float32 reference of the bfloat16 model.
 BAR_EXACT_MATCH = 0.02  # so far below the reference's at most
@@ -160,13 +158,15 @@ def markdown(rows: list[dict[str, Any]], heading: str) -> str:
         "",
         f"Written by `make matrix`. {heading}.",
         "",
-        f"`right`: of {len(QUESTIONS)} sums at most {BAR_EXACT_MATCH:.0%} fewer right "
-        "answers than the float32 reference in plain torch of the bfloat16 model, "
-        f"overlap of the {TOP} likeliest tokens at least {BAR_OVERLAP}, mean "
-        f"|d logprob| of them at most {BAR_DIFFERENCE}; for the Qwen2-MoE of random "
-        f"weights the last two, with {BAR_OVERLAP_RANDOM} for {BAR_OVERLAP}. "
-        "`refused`: loading ended with an error. `garbage`: the rest. Figures are the "
-        "fork's.",
+        "The reference is the bfloat16 model in plain torch, float32.",
+        "",
+        f"- `right`: of {len(QUESTIONS)} sums at most {BAR_EXACT_MATCH:.0%} fewer right "
+        f"answers than the reference, overlap of the {TOP} likeliest tokens at least "
+        f"{BAR_OVERLAP}, mean |d logprob| of them at most {BAR_DIFFERENCE}. The "
+        "Qwen2-MoE has random weights and gives no sums: there the last two count, with "
+        f"an overlap of at least {BAR_OVERLAP_RANDOM}.",
+        "- `refused`: loading ended with an error. `garbage`: the rest.",
+        "- Figures are the fork's.",
         "",
         "| cell | what varies | made by | stock | fork | right answers "
         f"| top {TOP} | \\|d logprob\\| |",

@@ -4,8 +4,8 @@
     python -m examples.rewritten [--stock FOLDER]
 
 FOLDER holds a stock build of vLLM, to be put on PYTHONPATH. Without it, on a CPU, stock
-is the fork with no patch but 0004-0007 and what these need, which read no checkpoint;
-for INT8 experts in compressed-tensors format examples/ask_rewritten.py adds the kernel
+is the base release plus the patches that a CPU needs, which read no checkpoint. For
+INT8 experts in compressed-tensors format examples/ask_rewritten.py adds the kernel
 that stock lacks there. Every export is asked as it is and as it was rewritten, and
 compared with the float32 reference as examples/matrix.py does. Writes
 build/rewritten.json and exits with 1 where a rewritten checkpoint is not answered
