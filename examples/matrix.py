@@ -160,11 +160,11 @@ def markdown(rows: list[dict[str, Any]], heading: str) -> str:
         "",
         "The reference is the bfloat16 model in plain torch, float32.",
         "",
-        f"- `right`: of {len(QUESTIONS)} sums at most {BAR_EXACT_MATCH:.0%} fewer right "
-        f"answers than the reference, overlap of the {TOP} likeliest tokens at least "
-        f"{BAR_OVERLAP}, mean |d logprob| of them at most {BAR_DIFFERENCE}. The "
-        "Qwen2-MoE has random weights and gives no sums: there the last two count, with "
-        f"an overlap of at least {BAR_OVERLAP_RANDOM}.",
+        f"- `right`: of {len(QUESTIONS)} sums at most {BAR_EXACT_MATCH:.0%} fewer "
+        f"right answers than the reference, overlap of the {TOP} likeliest tokens at "
+        f"least {BAR_OVERLAP}, mean |d logprob| of them at most {BAR_DIFFERENCE}. The "
+        "Qwen2-MoE has random weights and gives no sums: there the last two count, "
+        f"with an overlap of at least {BAR_OVERLAP_RANDOM}.",
         "- `refused`: loading ended with an error. `garbage`: the rest.",
         "- Figures are the fork's.",
         "",
