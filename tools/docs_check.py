@@ -212,9 +212,9 @@ def _numbers(data: Any, ratios: list[list[str]]) -> Iterator[float]:
     """All numbers of JSON, and the quotients of keys that an object has both."""
     if isinstance(data, dict):
         for above, below in ratios:
-            pair = data.get(above), data.get(below)
-            if all(isinstance(each, int | float) and each for each in pair):
-                yield pair[0] / pair[1]
+            top, bottom = data.get(above), data.get(below)
+            if top and bottom:
+                yield top / bottom
         data = list(data.values())
     if isinstance(data, list):
         for each in data:
@@ -269,8 +269,8 @@ def readme_faults(text: str) -> Iterator[str]:
             )
     rows = {found[0]: found for line in lines if len(found := cells(line)) > 1}
     for group, size in sizes(release().series).items():
-        if (found := rows.get(f"`{group}`", ["", "no row"])[1]) != str(size):
-            yield f"size of the group {group}: expected {size}, found {found}"
+        if (said := rows.get(f"`{group}`", ["", "no row"])[1]) != str(size):
+            yield f"size of the group {group}: expected {size}, found {said}"
 
 
 def faults() -> Iterator[str]:

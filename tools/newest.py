@@ -75,7 +75,8 @@ def report(version: str, series: Path) -> str:
     """Markdown: each group of the series, and which of its patches do not apply."""
     patches = read_series(series)
     files = sources(version, touched(patches))
-    rows, reasons = [], {}
+    rows: list[str] = []
+    reasons: dict[str, str] = {}
     for group in groups_of(patches):
         chosen = choose(patches, with_fix(patches, [group]))
         failed = failures(chosen, files)
