@@ -116,7 +116,7 @@ tree: $(TOOLS_READY) ## unpack the base to build/tree, one commit a patch, to ed
 patches: $(TOOLS_READY) ## write patches/ back from build/tree
 	$(BIN)/python -m tools.tree patches
 
-patches-table: $(TOOLS_READY) ## write patches/README.md from the patches
+patches-table: $(TOOLS_READY) ## write patches/README.md, and sizes in README.md
 	$(BIN)/python -m tools.tree table
 
 mails: $(TOOLS_READY) ## write the stack with its new files to build/mails; GROUPS="fix kernels"

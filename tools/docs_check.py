@@ -33,10 +33,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.table import TABLE, sizes, table
+from tools.table import README, TABLE, sizes, table
 from tools.upstream import ROOT, release
 
-README = ROOT / "README.md"
 MAX_LINES, MAX_CELL = 140, 120
 QUARK_CHECK = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check/cli.py"
 # Commands of vLLM 0.20.2's own, and the fork's.
@@ -213,7 +212,8 @@ def _numbers(data: Any, ratios: list[list[str]]) -> Iterator[float]:
     if isinstance(data, dict):
         for above, below in ratios:
             top, bottom = data.get(above), data.get(below)
-            if top and bottom:
+            numbers = isinstance(top, int | float) and isinstance(bottom, int | float)
+            if numbers and bottom:
                 yield top / bottom
         data = list(data.values())
     if isinstance(data, list):
@@ -270,7 +270,10 @@ def readme_faults(text: str) -> Iterator[str]:
     rows = {found[0]: found for line in lines if len(found := cells(line)) > 1}
     for group, size in sizes(release().series).items():
         if (said := rows.get(f"`{group}`", ["", "no row"])[1]) != str(size):
-            yield f"size of the group {group}: expected {size}, found {said}"
+            yield (
+                f"size of the group {group}: expected {size}, found {said}; make "
+                "patches-table"
+            )
 
 
 def faults() -> Iterator[str]:

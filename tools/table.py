@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""patches/README.md: what each patch is, from what the patches say themselves."""
+"""What each patch is, from what the patches say themselves: patches/README.md, and the
+sizes of groups in README.md."""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from tools.repack import overlay_of
 from tools.series import Patch, group_lines, groups_of, read_series
 from tools.upstream import ROOT, releases, series_folders
 
-TABLE = ROOT / "patches/README.md"
+TABLE, README = ROOT / "patches/README.md", ROOT / "README.md"
 HEAD = """\
 <!-- SPDX-License-Identifier: Apache-2.0 -->
 <!-- Written by `make patches-table` from the patches; do not edit. -->
@@ -29,7 +30,8 @@ CHANGED = re.compile(r"^[+-](?!\+\+ |-- )", re.MULTILINE)
 @dataclass(frozen=True)
 class Size:
     """How large a group is: its patches, the lines that they add and take away, and the
-    Python files of the overlay that it is the first to name, with their lines."""
+    Python files of the overlay that it is the first to name, with their lines. As text,
+    lines of files are rounded to hundreds."""
 
     patches: int
     changed: int
@@ -37,8 +39,11 @@ class Size:
     lines: int
 
     def __str__(self) -> str:
-        files = f"{self.files} files, {self.lines:,} lines" if self.files else "none"
-        return f"{self.patches} patches, {self.changed} lines; new: {files}"
+        text = f"{self.patches} patches, {self.changed} lines"
+        if self.files:
+            plural = "s" * (self.files > 1)
+            text += f"; {self.files} new file{plural}, {round(self.lines, -2):,} lines"
+        return text
 
 
 def sizes(folder: Path) -> dict[str, Size]:
@@ -56,6 +61,14 @@ def sizes(folder: Path) -> dict[str, Size]:
         )
         found[group] = Size(len(mine), changed, len(new), _num_lines(new))
     return found
+
+
+def with_sizes(readme: str, folder: Path) -> str:
+    """README with the size of each group of a series, in the second cell of its row."""
+    for group, size in sizes(folder).items():
+        row = re.compile(rf"^(\| `{group}` \|)[^|]*\|", re.MULTILINE)
+        readme = row.sub(rf"\1 {size} |", readme, count=1)
+    return readme
 
 
 def _num_lines(names: Iterable[str]) -> int:

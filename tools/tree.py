@@ -29,7 +29,7 @@ from tools.series import (
     read_series,
     series_release,
 )
-from tools.table import TABLE, table
+from tools.table import README, TABLE, table, with_sizes
 from tools.upstream import ROOT, Release, listed_wheel, release, series_folders
 
 TREE = ROOT / "build/tree"
@@ -236,7 +236,8 @@ def main() -> None:
             console.print(f"{chosen.series}: written from {TREE}")
         if command != "tree":
             TABLE.write_text(table())
-            console.print(f"{TABLE}: written from the patches")
+            README.write_text(with_sizes(README.read_text(), release().series))
+            console.print(f"{TABLE}, and sizes in {README}: written from the patches")
     except ForkError as error:
         sys.exit(f"error: {error}")
 
