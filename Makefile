@@ -140,7 +140,7 @@ lint: $(LINT_READY) docs-check ## ruff, mypy, the workflows, the docs
 	    $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 	$(BIN)/zizmor --offline --quiet .github/workflows
 
-docs-check: $(LINT_READY) ## links, commands, figures and tables of the docs
+docs-check: $(TOOLS_READY) ## links, commands, figures and tables of the docs
 	$(BIN)/python -m tools.docs_check
 
 bench: $(FORK_READY) ## measure the INT8 fused MoE here
