@@ -77,14 +77,17 @@ def check_base(
     own = {patch.number for patch in patches}
     if held != (expected := [number for number in PROBES if number not in own]):
         raise ForkError(
-            f"{base_path.name} holds the edits {held} before patching; expected "
-            f"{expected}: a series has those of the group {FIX} that its releases lack."
+            f"{base_path.name}: before patching it holds what {held} do; expected "
+            f"{expected}. A series has the patches of {FIX} that its releases lack."
         )
     with ZipFile(base_path) as base:
         files = set(base.namelist())
     remarks, whole = _apply(patches, tree, copy, files)
     if (held := edits_held(lambda name: (tree / name).read_text())) != list(PROBES):
-        raise ForkError(f"{base_path.name}: the series leaves only {held} done.")
+        raise ForkError(
+            f"{base_path.name}: with the series it holds what {held} do; expected "
+            f"{list(PROBES)}."
+        )
     groups = [group for group in groups_of(patches) if group != FIX]
     for group in groups:
         _reset(tree, copy)

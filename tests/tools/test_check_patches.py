@@ -39,7 +39,7 @@ def test_base_that_holds_the_fix(
     release: Release, base: Path, scratch: Path, monkeypatch
 ):
     monkeypatch.setattr(check_patches, "edits_held", lambda _: ["0005"])
-    with pytest.raises(ForkError, match=r"holds the edits \['0005'\] before patching"):
+    with pytest.raises(ForkError, match=r"before patching it holds what \['0005'\] do"):
         check_base(base, release, scratch)
 
 
@@ -57,7 +57,7 @@ def test_base_that_lacks_what_the_series_lacks(
     release: Release, base: Path, scratch: Path, monkeypatch
 ):
     monkeypatch.setattr(check_patches, "PROBES", {"0005": None, "0029": None})
-    with pytest.raises(ForkError, match=r"\[\] before patching; expected \['0029'\]"):
+    with pytest.raises(ForkError, match=r"holds what \[\] do; expected \['0029'\]"):
         check_base(base, release, scratch)
 
 
@@ -74,7 +74,7 @@ def test_series_that_leaves_the_fix_undone(
     release: Release, base: Path, scratch: Path, monkeypatch
 ):
     monkeypatch.setattr(check_patches, "edits_held", lambda _: [])
-    with pytest.raises(ForkError, match=r"the series leaves only \[\] done"):
+    with pytest.raises(ForkError, match=r"with the series it holds what \[\] do"):
         check_base(base, release, scratch)
 
 

@@ -38,7 +38,7 @@ _KINDS = (
         "config-unreadable",
         "error",
         "refused",
-        "the quantization_config is none that vLLM can read",
+        "a quantization_config that vLLM cannot read",
         "Nothing is known of how the weights are quantized.",
         "export the model with amd-quark 0.13, or copy the quantization_config of such "
         "an export",
@@ -179,7 +179,7 @@ _KINDS = (
         "error",
         "refused",
         "scales that do not fit their weight",
-        "One a channel or one a tensor is what a layer takes, as its config says.",
+        "A layer takes one scale a channel or one for all, as its config says.",
         f"{EXPORT_AGAIN}, or correct qscheme in config.json",
     ),
     Kind(
@@ -221,7 +221,7 @@ _KINDS = (
         "error",
         "garbage",
         "numbers that are NaN or infinite",
-        "So is every answer in which they take part.",
+        "Every answer that they take part in is NaN or infinite, too.",
         "download or copy the file again",
     ),
     Kind(
@@ -237,7 +237,7 @@ _KINDS = (
         "error",
         "garbage",
         "zero points that INT8 kernels ignore",
-        "The numbers mean others than those that are computed with.",
+        "Kernels would compute with other numbers than the checkpoint means.",
         f"{EXPORT_AGAIN} with symmetric quantization",
     ),
     # --- odd, and of no effect ----------------------------------------------------
@@ -246,7 +246,7 @@ _KINDS = (
         "warning",
         "right",
         "exclude has entries that name nothing in the checkpoint",
-        "Nothing is there to be excluded, so nothing is read otherwise.",
+        "There is no such module, so it changes nothing.",
         "nothing to do; check the entry if you meant a module of this model",
     ),
     Kind(
@@ -262,7 +262,7 @@ _KINDS = (
         "tensor-not-taken",
         "warning",
         "right",
-        "tensors that the model does not take, and whose absence it does not feel",
+        "tensors that the model neither takes nor needs",
         "Every parameter of the model was filled without them: layers for multi-token "
         "prediction, a tower that is not used.",
         "nothing to do",
@@ -272,7 +272,7 @@ _KINDS = (
         "warning",
         "right",
         "channels of zeros with a scale of zero",
-        "Zero times zero is what they stand for.",
+        "Their weights are zero, so their scale does not matter.",
         "nothing to do",
     ),
 )
