@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads of queries and keys normalized and rotated in one pass, against float64.
+"""Heads of queries and keys normalized and rotated by one kernel, against float64.
 
 On a GPU if there is one, else in Triton's interpreter, which cuts bfloat16 off where
 GPUs round, so that it takes the other dtypes.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Normalize and rotate the heads of queries and keys in one pass.
+"""Normalize and rotate the heads of queries and keys in one kernel.
 
 Upstream's operator of this kind multiplies by a weight in the model's dtype; that of
 Gemma's norm, which Step-3.5 has, is 1 + w in float32.

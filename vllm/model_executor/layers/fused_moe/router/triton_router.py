@@ -242,7 +242,8 @@ def serves_gate(gate: Any, x: torch.Tensor) -> bool:
 
 def serves_choice(gating_output: torch.Tensor) -> bool:
     """Whether `topk_sigmoid` chooses of gating_output [M, E]: on Hopper, where it was
-    measured, among numbers of experts for which upstream has no kernel of one pass."""
+    measured, among numbers of experts for which upstream's kernel reads all scores
+    again for each choice."""
     num_experts = gating_output.shape[1]
     return (
         is_hopper()
