@@ -22,7 +22,8 @@
   Each number of its rows, but for those in the first column, is one of the file, 100
   times one, or the quotient of two keys that an object there has.
 - README: at most 140 lines, no cell of a table over 120 characters; sizes of groups.
-- patches/README.md is what the patches say.
+- patches/README.md is what the patches say. README names every series, docs/status.md
+  and docs/guide/cherry-pick.md every release of UPSTREAM.toml.
 """
 
 import json
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.table import README, TABLE, sizes, table
-from tools.upstream import ROOT, release
+from tools.upstream import ROOT, release, releases, series_folders
 
 MAX_LINES, MAX_CELL = 140, 120
 QUARK_CHECK = ROOT / "vllm/model_executor/layers/quantization/quark/quark_check/cli.py"
@@ -276,6 +277,19 @@ def readme_faults(text: str) -> Iterator[str]:
             )
 
 
+def unnamed(root: Path = ROOT) -> Iterator[str]:
+    """Series and releases that a page should name and does not."""
+    series = [folder.name for folder in series_folders()]
+    expected = {"README.md": series}
+    for page in ("docs/status.md", "docs/guide/cherry-pick.md"):
+        expected[page] = list(releases())
+    for page, names in expected.items():
+        text = (root / page).read_text()
+        for name in names:
+            if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w]|\.\d)", text):
+                yield f"{page}: {name} of UPSTREAM.toml is not named"
+
+
 def faults() -> Iterator[str]:
     """Each with its page and what to look at."""
     for path in pages():
@@ -283,6 +297,7 @@ def faults() -> Iterator[str]:
         for check in (broken_links, unknown_commands, wrong_figures, unknown_numbers):
             yield from (f"{name}: {fault}" for fault in check(path))
     yield from (f"README.md: {fault}" for fault in readme_faults(README.read_text()))
+    yield from unnamed()
     if TABLE.read_text() != table():
         yield f"{TABLE.relative_to(ROOT)}: not what the patches say; make patches-table"
 

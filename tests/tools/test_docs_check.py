@@ -17,6 +17,7 @@ from tools.docs_check import (
     slug,
     unknown_commands,
     unknown_numbers,
+    unnamed,
     value_of,
     wrong_figures,
 )
@@ -182,6 +183,16 @@ def test_readme_tells_sizes_of_groups():
     [fault] = readme_faults(other)
     assert "the group fix" in fault and "found 3 patches, 54 lines" in fault
     assert with_sizes(other, release().series) == rows
+
+
+def test_pages_name_what_upstream_toml_has(tmp_path: Path):
+    """A release more makes them say so, and one that only begins alike is none."""
+    for page in ("README.md", "docs/status.md", "docs/guide/cherry-pick.md"):
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        text = (docs_check.ROOT / page).read_text()
+        (tmp_path / page).write_text(text.replace("0.32.0", "0.32.01"))
+    named = [fault.partition(" of ")[0] for fault in unnamed(tmp_path)]
+    assert named == ["docs/status.md: 0.32.0", "docs/guide/cherry-pick.md: 0.32.0"]
 
 
 def test_anchors_are_githubs():
