@@ -27,6 +27,7 @@
 """
 
 import json
+import operator
 import re
 import subprocess
 import sys
@@ -167,7 +168,7 @@ def look_up(data: Any, path: str) -> Any:
 
 
 def value_of(data: Any, expression: str) -> float:
-    """A number of JSON: a path, a number, or one divided or multiplied by another."""
+    """A number of JSON: a path, a number, or two of these with a sign between."""
     for sign, apply in OPERATIONS.items():
         left, found, right = expression.partition(f" {sign} ")
         if found:
@@ -178,8 +179,10 @@ def value_of(data: Any, expression: str) -> float:
 
 
 OPERATIONS: dict[str, Callable[[float, float], float]] = {
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b,
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
 }
 
 

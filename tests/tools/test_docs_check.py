@@ -116,6 +116,8 @@ def test_a_path_to_no_one_row():
 def test_quotients_and_products():
     assert value_of(RESULTS, "rows[1].stock_us / rows[1].ours_us") == 861.9 / 829.6
     assert value_of(RESULTS, "fork.3key.exact * 200") == 200
+    assert value_of(RESULTS, "rows[1].tokens - rows[0].tokens") == 63
+    assert value_of(RESULTS, "rows[1].tokens + rows[0].tokens") == 65
 
 
 @pytest.mark.parametrize(
