@@ -6,6 +6,8 @@ import base64
 import hashlib
 import importlib.util
 import json
+import subprocess
+import sys
 from importlib.metadata import Distribution, distribution, requires
 from pathlib import Path
 from zipfile import ZipFile
@@ -33,6 +35,13 @@ def test_version_names_the_fork(fork: Distribution):
     assert version.local is not None
     assert version.local.split(".")[0] == fork_table()["local_version"]
     assert vllm.__version__ == fork.version
+
+
+def test_vllm_version_tells_the_forks(fork: Distribution):
+    """As people ask for it: `vllm --version`."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == fork.version
 
 
 def test_the_installed_package_beats_the_overlay_folder(fork: Distribution):
