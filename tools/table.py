@@ -18,8 +18,10 @@ HEAD = """\
 # The patches
 
 A number is a patch's name for good, not its place: it is the same in every series. Each
-group applies on `fix` alone, where the release does not hold that itself, with the
-patches that it depends on. docs/maintain/patches.md has the rules.
+group applies with `fix` alone, and brings the patches of other groups that it needs.
+From 0.22.0 on vLLM holds the fix, and each group applies by itself. Take a group:
+[cherry-pick](../docs/guide/cherry-pick.md). Change one: [the rules for
+patches](../docs/maintain/patches.md).
 """
 COLUMNS = ("patch", "what", "why", "needs", "offered upstream", "goes when")
 
