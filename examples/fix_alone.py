@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.compare_builds import QUESTIONS, ROOT, ask, device_name, make_prompts
-from examples.matrix import judge, references
-from tests.fixtures.cells import BASE, CELLS
+from examples.matrix import judge, parse_cells, references
+from tests.fixtures.cells import BASE
 
 WORK, JSON = ROOT / "build/fix-alone", ROOT / "build/fix-alone.json"
 SCRIPT = ROOT / "examples/ask_fix_alone.py"
@@ -72,22 +72,16 @@ def line(name: str, found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--fork", type=Path, metavar="FOLDER")
-    parser.add_argument("--stock", type=Path, metavar="FOLDER")
-    parser.add_argument("cells", nargs="*", metavar="CELL", help="all if none is named")
-    args = parser.parse_args()
-    known = {cell.key: cell for cell in CELLS}
-    if unknown := [name for name in args.cells if name not in known]:
-        sys.exit(f"error: no cell {unknown}; there are {', '.join(known)}")
+    args = parse_cells(parser)
     prompts = make_prompts()
     by_model = references(prompts)
-    chosen = {name: known[name] for name in args.cells or known}
-    folders = {name: cell.write(WORK / name) for name, cell in chosen.items()}
+    folders = {name: cell.write(WORK / name) for name, cell in args.chosen.items()}
     builds = {"stock": args.stock} if args.stock else {}
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for build, package in {**builds, "fork": args.fork}.items():
         found[build] = {}
         for name, answers in ask(f"fix-{build}", folders, prompts, package, SCRIPT):
-            found[build][name] = judge(answers, by_model[chosen[name].model])
+            found[build][name] = judge(answers, by_model[args.chosen[name].model])
             print(build, line(name, found[build][name]), flush=True)
     head = {"device": device_name(), "date": datetime.date.today().isoformat()}
     JSON.write_text(json.dumps({**head, "outcomes": found}, indent=1) + "\n")

@@ -195,34 +195,41 @@ def markdown(rows: list[dict[str, Any]], heading: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def parse_cells(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with `--stock FOLDER` and `chosen`: the cells that it names, by
+    their names, or all. Ends the program for a name that is none."""
     parser.add_argument("--stock", type=Path, metavar="FOLDER")
     parser.add_argument("cells", nargs="*", metavar="CELL", help="all if none is named")
     args = parser.parse_args()
     known = {cell.key: cell for cell in CELLS}
     if unknown := [name for name in args.cells if name not in known]:
         sys.exit(f"error: no cell {unknown}; there are {', '.join(known)}")
+    args.chosen = {name: known[name] for name in args.cells or known}
+    return args
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    args = parse_cells(parser)
     if torch.cuda.is_available() and not args.stock:
         sys.exit("error: on a GPU say --stock FOLDER: an unpacked stock build of vLLM")
-    chosen = {name: known[name] for name in args.cells or known}
     started = time.monotonic()
 
     prompts = make_prompts()
     with console.status("The references answer"):
         by_model = references(prompts)
     with console.status("Writing the checkpoints"):
-        folders = {k: cell.write(WORK / k) for k, cell in chosen.items()}
+        folders = {k: cell.write(WORK / k) for k, cell in args.chosen.items()}
     with console.status("Building stock"):
         builds = {"stock": args.stock or install_only(*CPU_PATCHES), "fork": None}
-    found: dict[str, dict[str, dict[str, Any]]] = {key: {} for key in chosen}
+    found: dict[str, dict[str, dict[str, Any]]] = {key: {} for key in args.chosen}
     for build, package in builds.items():
         for key, answers in ask(f"matrix-{build}", folders, prompts, package):
-            found[key][build] = judge(answers, by_model[chosen[key].model])
+            found[key][build] = judge(answers, by_model[args.chosen[key].model])
             outcome = found[key][build]["outcome"]
             console.print(f"{build} {key}: {outcome}", highlight=False)
 
-    rows = [row(cell, found[key]) for key, cell in chosen.items()]
+    rows = [row(cell, found[key]) for key, cell in args.chosen.items()]
     stock = f"stock: {args.stock.name}" if args.stock else STOCK_ON_CPU
     date = datetime.date.today().isoformat()
     heading = f"{device_name()}, {date}; {stock}"
