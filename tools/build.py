@@ -20,7 +20,8 @@ from tools.errors import ForkError
 from tools.groups import asked_for, choice
 from tools.location import VARIABLE, parse
 from tools.repack import check_named, metadata, repack
-from tools.requires import check_python, headers_of, torch_note
+from tools.requires import check_python, check_version, headers_of, torch_note
+from tools.rocm_index import rocm_wheel
 from tools.series import Patch, dependants, read_series, with_dependencies
 from tools.target import target_device
 from tools.upstream import BaseWheel, fork_table, listed_wheel, own_wheel, release
@@ -41,7 +42,10 @@ def base_wheel() -> BaseWheel:
     print(f"target: {target} ({reason})", file=sys.stderr)
     if own := location():
         return own_wheel(unquote(parse(own).path.name), target)
-    return listed_wheel(release(os.environ.get("VLLM_BASE_VERSION")), target)
+    chosen = release(os.environ.get("VLLM_BASE_VERSION"))
+    if target == "rocm":
+        return rocm_wheel(chosen)
+    return listed_wheel(chosen, target)
 
 
 @dataclass(frozen=True)
@@ -118,15 +122,17 @@ def runs(word: str, numbers: Iterable[str]) -> list[str]:
     ]
 
 
-def check_requirements(base_path: Path) -> None:
-    """See that this Python will do, and say where the installed torch will not. Raises
-    ForkError."""
+def check_requirements(wheel: BaseWheel, base_path: Path) -> None:
+    """See that this Python will do, and that a wheel of upstream's ROCm index is what
+    its name says; say where the installed torch will not do. Raises ForkError."""
     try:
         with ZipFile(base_path) as base:
             headers = headers_of(base)
     except BadZipFile as error:
         raise ForkError(f"{base_path}: not a wheel, or damaged: {error}.") from None
     check_python(headers, base_path.name)
+    if wheel.url:
+        check_version(headers, wheel.filename)
     if note := torch_note(headers, base_path.name):
         print(note, file=sys.stderr)
 
@@ -141,8 +147,14 @@ def build_wheel(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("error: interrupted; no wheel made"))
     planned = plan(without, only)
+    if planned.wheel.url:
+        print(
+            f"{planned.wheel.filename}: its sha256, {planned.wheel.sha256}, is what "
+            f"{planned.wheel.source} states today. It is not one of our pins.",
+            file=sys.stderr,
+        )
     base_path = fetch(planned.wheel, location())
-    check_requirements(base_path)
+    check_requirements(planned.wheel, base_path)
     record = planned.record(base_path)
     path = repack(base_path, planned.patches, planned.version, dist_folder, record)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -50,12 +50,13 @@ def cache_folder() -> Path:
 def fetch(wheel: BaseWheel, location: str | None = None) -> Path:
     """Return a local path of `wheel`, its sha256 checked if it is known.
 
-    `location` is a path or URL, with `#sha256=` or without; None asks the package index
-    for the file name. What a sha256 is known of is taken from the cache without asking;
-    of any other URL the server is asked each time. Raises ForkError.
+    `location` is a path or URL, with `#sha256=` or without; None takes `wheel.url`, or
+    asks the package index for the file name. What a sha256 is known of is taken from
+    the cache without asking; of any other URL the server is asked each time. Raises
+    ForkError.
     """
     own = parse(location) if location else None
-    sha256, source = wheel.sha256, "UPSTREAM.toml"
+    sha256, source = wheel.sha256, wheel.source
     if own and own.sha256:
         sha256, source = own.sha256, f"#sha256= in {VARIABLE}"
     if own and not own.is_remote:
@@ -64,7 +65,7 @@ def fetch(wheel: BaseWheel, location: str | None = None) -> Path:
         if sha256:
             _check(own.path, sha256, str(own.path), source)
         return own.path
-    url = own.where if own else None
+    url = own.where if own else wheel.url
     if sha256 is None:
         # Two URLs may name different wheels alike, so a URL gets a folder of its own.
         key = hashlib.sha256((url or "").encode()).hexdigest()[:12]

@@ -7,6 +7,7 @@ from zipfile import ZipFile
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
 from tools.errors import ForkError
@@ -21,6 +22,18 @@ def check_python(headers: str, name: str) -> None:
             raise ForkError(
                 f"{name}: expected Python {value}, found {found}: build with one of "
                 "these, or choose another release with VLLM_BASE_VERSION."
+            )
+
+
+def check_version(headers: str, name: str) -> None:
+    """See that a wheel holds the build that its name says, such as 0.20.2+rocm721.
+    Raises ForkError."""
+    expected = parse_wheel_filename(name)[1]
+    for value in _values(headers, "Version"):
+        if Version(value) != expected:
+            raise ForkError(
+                f"{name}: its name says version {expected}, its METADATA {value}: the "
+                "file was renamed. Take another wheel, and tell whoever serves it."
             )
 
 

