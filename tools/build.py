@@ -18,17 +18,27 @@ from zipfile import BadZipFile, ZipFile
 from tools.download import fetch
 from tools.errors import ForkError
 from tools.groups import asked_for, choice
+from tools.installed import INSTALLED, Found, find, installed_wheel, make_base
 from tools.location import VARIABLE, parse
 from tools.repack import check_named, metadata, repack
 from tools.requires import check_python, check_version, headers_of, torch_note
 from tools.rocm_index import rocm_wheel
 from tools.series import Patch, dependants, read_series, with_dependencies
 from tools.target import target_device
-from tools.upstream import BaseWheel, fork_table, listed_wheel, own_wheel, release
+from tools.upstream import (
+    BASE_NAMES,
+    BaseWheel,
+    fork_table,
+    label_of,
+    listed_wheel,
+    own_wheel,
+    release,
+)
 
 
 def location() -> str | None:
-    """The user's own base wheel: a path or a URL, perhaps with a sha256, or None."""
+    """The user's own base wheel: a path or a URL, perhaps with a sha256, or INSTALLED;
+    None if he has none."""
     return os.environ.get(VARIABLE) or None
 
 
@@ -38,14 +48,37 @@ def base_wheel() -> BaseWheel:
     VLLM_TARGET_DEVICE and VLLM_PRECOMPILED_WHEEL_LOCATION are upstream's variables;
     VLLM_BASE_VERSION chooses a release of UPSTREAM.toml other than the default.
     """
+    own = location()
+    if own == INSTALLED:
+        found = find()
+        target, reason = _target_of(found)
+        print(f"target: {target} ({reason}); base: {found}", file=sys.stderr)
+        return installed_wheel(found, target)
     target, reason = target_device()
     print(f"target: {target} ({reason})", file=sys.stderr)
-    if own := location():
+    if own:
         return own_wheel(unquote(parse(own).path.name), target)
     chosen = release(os.environ.get("VLLM_BASE_VERSION"))
     if target == "rocm":
         return rocm_wheel(chosen)
     return listed_wheel(chosen, target)
+
+
+def _target_of(found: Found) -> tuple[str, str]:
+    """What an installed vLLM says it is for, unless VLLM_TARGET_DEVICE says it."""
+    label = label_of(found.name, found.version)
+    if label and "VLLM_TARGET_DEVICE" not in os.environ:
+        return label, "the installed vLLM"
+    return target_device()
+
+
+def get_base(wheel: BaseWheel) -> tuple[Path, tuple[str, ...]]:
+    """Where the base wheel is on this machine, and the names that its METADATA may
+    have. Raises ForkError."""
+    if location() == INSTALLED:
+        found = find()
+        return make_base(found, wheel), (found.name,)
+    return fetch(wheel, location()), BASE_NAMES
 
 
 @dataclass(frozen=True)
@@ -103,9 +136,10 @@ def plan(without: Collection[str] = (), only: Collection[str] = ()) -> Plan:
 def build_metadata() -> bytes:
     """METADATA of the wheel that `build_wheel` would make. Raises ForkError."""
     planned = plan()
-    with ZipFile(fetch(planned.wheel, location())) as base:
+    base_path, names = get_base(planned.wheel)
+    with ZipFile(base_path) as base:
         check_python(headers_of(base), planned.wheel.filename)
-        return metadata(base, planned.version)
+        return metadata(base, planned.version, names)
 
 
 def runs(word: str, numbers: Iterable[str]) -> list[str]:
@@ -153,10 +187,12 @@ def build_wheel(
             f"{planned.wheel.source} states today. It is not one of our pins.",
             file=sys.stderr,
         )
-    base_path = fetch(planned.wheel, location())
+    base_path, names = get_base(planned.wheel)
     check_requirements(planned.wheel, base_path)
     record = planned.record(base_path)
-    path = repack(base_path, planned.patches, planned.version, dist_folder, record)
+    path = repack(
+        base_path, planned.patches, planned.version, dist_folder, record, names
+    )
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     seconds = time.monotonic() - started
     print(

@@ -70,12 +70,12 @@ def fetch(wheel: BaseWheel, location: str | None = None) -> Path:
         # Two URLs may name different wheels alike, so a URL gets a folder of its own.
         key = hashlib.sha256((url or "").encode()).hexdigest()[:12]
         path = cache_folder() / f"url-{key}" / wheel.filename
-        with _locked(path):
+        with locked(path):
             _fetch_newest(url or index_url(wheel.filename), path)
         return path
     path = cache_folder() / sha256 / wheel.filename
     if not path.exists():
-        with _locked(path):
+        with locked(path):
             if not path.exists():
                 _fetch_known(url, path, sha256, source)
     _check(path, sha256, str(path), source)
@@ -138,7 +138,7 @@ def _fetch_newest(url: str, path: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One build at a time puts a file at `path`. A killed one holds up nobody."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

