@@ -95,7 +95,6 @@ def find() -> Found:
             f"other's files. {INSTEAD}"
         )
     _check_wheel_made(bases[0])
-    release(bases[0].version.public)  # or it says which releases would do
     return bases[0]
 
 
