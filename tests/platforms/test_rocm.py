@@ -15,6 +15,11 @@ from packaging.version import Version
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.model_executor.kernels.linear import TritonInt8ScaledMMLinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
+from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
+    FewTokensInt8ScaledMMLinearKernel,
+    run_int8_linear,
+)
 from vllm.model_executor.layers.fused_moe.experts.triton_int8_moe import (
     TritonInt8Experts,
 )
@@ -134,6 +139,41 @@ def test_linear_layers_take_the_triton_kernel(quark_dict):
         64, 48, quant_config=config, prefix="model.layers.0.o_proj"
     )
     assert isinstance(layer.scheme.kernel, TritonInt8ScaledMMLinearKernel)
+
+
+@ON_ROCM
+@pytest.mark.needs_patch("0030")
+@pytest.mark.usefixtures("_context")
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_linear_layers_take_ours_where_that_is_asked_for(
+    quark_dict, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator, num_tokens: int
+):
+    """Few tokens go through our kernel, more through upstream's Triton kernel: there is
+    no CUTLASS that could be called."""
+    monkeypatch.setenv("VLLM_QUARK_INT8_KERNELS", "on")
+    config = QuarkConfig.from_config(quark_dict())
+    layer = ReplicatedLinear(
+        64, 48, bias=False, quant_config=config, prefix="model.layers.0.o_proj"
+    )
+    assert isinstance(layer.scheme.kernel, FewTokensInt8ScaledMMLinearKernel)
+    weight = torch.randint(-127, 128, (48, 64), generator=rng, dtype=torch.int8)
+    scale = torch.rand(48, generator=rng) / 100
+    layer.weight_loader(layer.weight, weight)
+    layer.weight_scale.weight_loader(layer.weight_scale, scale)
+    layer.quant_method.process_weights_after_loading(layer)
+    # Whole numbers up to 127, one of which is that: quantizing changes none.
+    x = torch.randint(-126, 127, (num_tokens, 64), generator=rng)
+    x[:, 0] = 127
+    with (
+        patch.object(int8_few_tokens, "run_int8_linear") as ours,
+        # Registered for GPUs, and tensors lie on the CPU where the platform is faked.
+        patch.object(torch.ops.quark_int8, "int8_linear", int8_few_tokens.int8_linear),
+    ):
+        ours.side_effect = run_int8_linear
+        out, _ = layer(x.half().to(layer.weight.device))
+    assert ours.called == (num_tokens == 1)
+    expected = x.double() @ weight.double().t() * scale.double()
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
 @ON_ROCM

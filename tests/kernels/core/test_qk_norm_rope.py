@@ -161,6 +161,9 @@ def test_serves_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     rope = RotaryEmbedding(16, 16, 8, 10000, True, dtype)
     monkeypatch.setattr(int8_triton, "current_platform", pretended.cuda(8, 0))
     assert not qk_norm_rope.serves(layer_of(rope), qkv)
+    with monkeypatch.context() as asked:
+        asked.setenv("VLLM_QUARK_INT8_KERNELS", "on")
+        assert qk_norm_rope.serves(layer_of(rope), qkv)
     monkeypatch.setattr(int8_triton, "current_platform", pretended.cuda(9, 0))
     yarn = YaRNScalingRotaryEmbedding(
         16, 16, 8, 10000, True, scaling_factor=2, dtype=dtype

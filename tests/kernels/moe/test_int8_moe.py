@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from vllm.model_executor.kernels import int8_triton
 from vllm.model_executor.kernels.int8_triton import is_hopper
 from vllm.model_executor.layers.fused_moe.experts.quark_int8 import (
     hopper_kernels,
@@ -35,10 +36,13 @@ from vllm.model_executor.layers.fused_moe.experts.quark_int8.tiles import (
     Product,
     Shape,
     choose_config,
+    get_architecture,
 )
+from vllm.platforms.interface import Platform
 
 from tests.kernels.gluon_interpreter import interpret
 from tests.kernels.utils import DEVICE, GPU, interpreted
+from tests.platforms import pretended
 
 pytestmark = interpreted
 
@@ -451,6 +455,31 @@ def changed(layer: Layer, **tensors: Any) -> Layer:
 def test_bad_input(change: Callable[[Layer], Layer], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(change(make(Case())))
+
+
+@pytest.mark.parametrize("hip", [None, "7.2.1"])
+@pytest.mark.parametrize(
+    "platform",
+    [pretended.cuda(8, 0), pretended.cuda(10, 0), pretended.cuda(12, 0)],
+    ids=str,
+)
+def test_only_hopper_reaches_what_it_alone_has(
+    platform: Platform, hip: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gluon's kernels, TMA descriptors, and launches while a kernel ends."""
+    monkeypatch.setattr(int8_triton, "current_platform", platform)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    architecture = get_architecture.__wrapped__()
+    assert architecture == ("rocm" if hip else "cuda")
+    for num_tokens in (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384):
+        for experts, width in ((288, 1280), (36, 1280), (288, 160), (8, 14336)):
+            shape = Shape(num_tokens, 8, 288, experts, 4096, width)
+            config = choose_config(architecture, shape)
+            assert not config.pdl
+            if isinstance(config, Config):
+                for product in (config.w13, config.w2):
+                    assert not product.persistent
+                    assert not product.tma_w and not product.tma_a
 
 
 def test_table_covers_every_shape() -> None:

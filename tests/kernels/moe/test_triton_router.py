@@ -24,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.router.triton_router import (
     topk_sigmoid,
 )
 from vllm.model_executor.models import step3p5
+from vllm.platforms.interface import Platform
 
 from tests.kernels.utils import DEVICE, interpreted
 from tests.platforms import pretended
@@ -181,6 +182,38 @@ def test_serves_hopper_where_upstream_is_slow(
     assert not triton_router.serves_product(weight, weight)
     assert not triton_router.serves_product(logits(5).bfloat16(), weight)
     assert not triton_router.serves_product(weight.bfloat16(), weight.bfloat16())
+
+
+@pytest.mark.needs_patch("0030")
+@pytest.mark.parametrize(
+    ("platform", "served"),
+    [
+        (pretended.cuda(8, 0), True),
+        (pretended.cuda(10, 0), True),
+        (pretended.rocm(), True),
+        (pretended.cuda(7, 5), False),
+        (pretended.cpu(), False),
+    ],
+)
+def test_other_gpus_take_it_where_that_is_asked_for(
+    platform: Platform, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_triton, "current_platform", platform)
+    logits = torch.empty(1, 288, device="meta")
+    x, weight = torch.empty(1, 4, dtype=torch.bfloat16), torch.empty(3, 4)
+    for asked, expected in (("auto", False), ("on", served)):
+        monkeypatch.setenv("VLLM_QUARK_INT8_KERNELS", asked)
+        assert triton_router.serves_choice(logits) == expected
+        assert triton_router.serves_product(x, weight) == expected
+    monkeypatch.setattr(triton_router.envs, "VLLM_BATCH_INVARIANT", True)
+    assert not triton_router.serves_product(x, weight)
+
+
+@pytest.mark.needs_patch("0030")
+def test_a_misspelt_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_QUARK_INT8_KERNELS", "yes")
+    with pytest.raises(ValueError, match="VLLM_QUARK_INT8_KERNELS.*auto.*on"):
+        int8_triton.serves_here()
 
 
 @interpreted

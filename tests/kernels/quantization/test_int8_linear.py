@@ -25,6 +25,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.int8_few_tokens import (
 )
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
+from vllm.platforms.interface import Platform
 
 from tests.kernels.utils import DEVICE, GPU, interpreted
 from tests.platforms import pretended
@@ -287,6 +288,39 @@ def test_quarks_layers_take_it_on_hopper(
     """Where it was measured, for the activations that it quantizes."""
     pretend(*capability)
     assert kernel_of_quarks_layer(symmetric) == found
+
+
+@pytest.mark.needs_patch("0030")
+@pytest.mark.parametrize(
+    ("platform", "upstreams", "served"),
+    [
+        (pretended.cuda(8, 0), "Cutlass", True),
+        (pretended.cuda(8, 9), "Cutlass", True),
+        (pretended.cuda(10, 0), "Cutlass", True),
+        (pretended.cuda(12, 0), "Cutlass", True),
+        (pretended.cuda(7, 5), "Cutlass", False),
+        (pretended.rocm(), "Triton", True),
+    ],
+)
+def test_other_gpus_take_it_where_that_is_asked_for(
+    platform: Platform,
+    upstreams: str,
+    served: bool,
+    kernel_of_quarks_layer: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that it is compiled for; the switch alone makes the difference."""
+    for module in (linear, int8_triton, cutlass, triton):
+        monkeypatch.setattr(module, "current_platform", platform)
+    name = "{}Int8ScaledMMLinearKernel"
+    assert kernel_of_quarks_layer() == name.format(upstreams)
+    monkeypatch.setenv("VLLM_QUARK_INT8_KERNELS", "on")
+    assert kernel_of_quarks_layer() == name.format("FewTokens" if served else upstreams)
+    assert kernel_of_quarks_layer(symmetric=False) == name.format(upstreams)
+    kernel = linear.init_int8_linear_kernel(True, False, True, "compressed-tensors")
+    assert type(kernel).__name__ == name.format(upstreams)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert kernel_of_quarks_layer() == name.format(upstreams)
 
 
 def test_layers_of_other_formats_keep_upstreams(

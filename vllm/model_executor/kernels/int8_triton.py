@@ -6,6 +6,7 @@ MoE, and of its router."""
 from typing import Any
 
 import torch
+import vllm.envs as envs
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 
@@ -97,6 +98,26 @@ def quantize_token(x, static_scale_ptr, STATIC: tl.constexpr):
 def is_hopper() -> bool:
     """Whether this is a Hopper GPU, where the kernels were measured."""
     return current_platform.is_cuda() and current_platform.is_device_capability(90)
+
+
+# Nor into environment variables.
+@torch.compiler.assume_constant_result
+def serves_here() -> bool:
+    """Whether kernels serve on this platform that upstream has others for: on Hopper,
+    where they were measured; with VLLM_QUARK_INT8_KERNELS=on on each GPU that they are
+    compiled for, which are AMD's and NVIDIA's from compute capability 8.0 on."""
+    # Patch 0031 declares it; builds without that patch have no such switch.
+    asked = getattr(envs, "VLLM_QUARK_INT8_KERNELS", "auto") == "on"
+    return is_hopper() or (
+        asked
+        and (
+            current_platform.is_rocm()
+            or (
+                current_platform.is_cuda()
+                and current_platform.has_device_capability(80)
+            )
+        )
+    )
 
 
 def num_sms(x: torch.Tensor) -> int:

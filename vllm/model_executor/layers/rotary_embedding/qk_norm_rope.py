@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from vllm.model_executor.kernels.int8_triton import (
     has_pdl,
-    is_hopper,
     launch,
+    serves_here,
     wait_for_inputs,
 )
 from vllm.model_executor.kernels.quark_int8_ops import register_op
@@ -97,8 +97,9 @@ def qk_norm_rope_kernel(
 
 def serves(attention: Any, qkv: torch.Tensor) -> bool:
     """Whether `queries_and_keys` does what upstream does to qkv in this layer: rotates
-    halves of heads by a table, in sizes that are powers of two; on Hopper alone."""
-    if not is_hopper() or not attention.use_rope:
+    halves of heads by a table, in sizes that are powers of two; where kernels
+    serve."""
+    if not serves_here() or not attention.use_rope:
         return False
     rotary_emb = attention.rotary_emb
     if (

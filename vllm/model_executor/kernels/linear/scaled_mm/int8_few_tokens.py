@@ -17,10 +17,10 @@ from vllm.model_executor.kernels.int8_triton import (
     dot4,
     has_dot4,
     has_pdl,
-    is_hopper,
     launch,
     num_sms,
     quantize_token,
+    serves_here,
     wait_for_inputs,
 )
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import (
@@ -29,6 +29,9 @@ from vllm.model_executor.kernels.linear.scaled_mm.cutlass import (
 from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
     Int8ScaledMMLinearKernel,
     Int8ScaledMMLinearLayerConfig,
+)
+from vllm.model_executor.kernels.linear.scaled_mm.triton import (
+    TritonInt8ScaledMMLinearKernel,
 )
 from vllm.model_executor.kernels.quark_int8_ops import register_op
 from vllm.triton_utils import tl, triton
@@ -298,17 +301,17 @@ register_op("int8_linear", int8_linear, fake_impl=_int8_linear_fake)
 
 
 class FewTokensInt8ScaledMMLinearKernel(CutlassInt8ScaledMMLinearKernel):
-    """Upstream's kernel for CUDA, with another for few tokens.
+    """Upstream's kernel for CUDA, with another for few tokens: docs/design/int8-linear.md.
 
-    On Hopper alone, where it was measured: docs/design/int8-linear.md.
+    On ROCm its operator for more tokens calls upstream's Triton kernel.
     """
 
     @classmethod
     def is_supported(
         cls, compute_capability: int | None = None
     ) -> tuple[bool, str | None]:
-        if not is_hopper():
-            return False, "was measured on Hopper alone."
+        if not serves_here():
+            return False, "was measured on Hopper; VLLM_QUARK_INT8_KERNELS=on tries it."
         if envs.VLLM_BATCH_INVARIANT:
             return False, "rounds halves as upstream's kernels for more tokens do not."
         if CutlassInt8ScaledMMLinearKernel.__name__ in envs.VLLM_DISABLED_KERNELS:
@@ -333,6 +336,10 @@ class FewTokensInt8ScaledMMLinearKernel(CutlassInt8ScaledMMLinearKernel):
         )
 
 
+# Kernels of upstream's that upstream's operator stands for: CUTLASS, or on ROCm Triton.
+_CALLED = (CutlassInt8ScaledMMLinearKernel, TritonInt8ScaledMMLinearKernel)
+
+
 def few_tokens_kernel() -> type[FewTokensInt8ScaledMMLinearKernel] | None:
     """The kernel for Quark's layers to force, None where it does not serve.
 
@@ -349,7 +356,7 @@ def or_few_tokens(chosen: Int8ScaledMMLinearKernel) -> Int8ScaledMMLinearKernel:
     kernel = few_tokens_kernel()
     if (
         kernel is None
-        or type(chosen) is not CutlassInt8ScaledMMLinearKernel
+        or type(chosen) not in _CALLED
         or kernel.__name__ in envs.VLLM_DISABLED_KERNELS
         or not kernel.can_implement(chosen.config)[0]
     ):

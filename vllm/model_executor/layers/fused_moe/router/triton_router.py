@@ -13,8 +13,8 @@ import torch
 import vllm.envs as envs
 from vllm.model_executor.kernels.int8_triton import (
     has_pdl,
-    is_hopper,
     launch,
+    serves_here,
     wait_for_inputs,
 )
 from vllm.model_executor.kernels.quark_int8_ops import register_op
@@ -220,10 +220,10 @@ def topk_sigmoid_kernel(
 
 
 def serves_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `router_logits` computes x [M, K] times weight [E, K]: on Hopper, where
-    it was measured, unless a token's logits are not to depend on the batch."""
+    """Whether `router_logits` computes x [M, K] times weight [E, K]: where kernels
+    serve, unless a token's logits are not to depend on the batch."""
     return (
-        is_hopper()
+        serves_here()
         and not envs.VLLM_BATCH_INVARIANT
         and x.dtype == torch.bfloat16
         and weight.dtype == torch.float32
@@ -241,12 +241,12 @@ def serves_gate(gate: Any, x: torch.Tensor) -> bool:
 
 
 def serves_choice(gating_output: torch.Tensor) -> bool:
-    """Whether `topk_sigmoid` chooses of gating_output [M, E]: on Hopper, where it was
-    measured, among numbers of experts for which upstream's kernel reads all scores
-    again for each choice."""
+    """Whether `topk_sigmoid` chooses of gating_output [M, E]: where kernels serve,
+    among numbers of experts for which upstream's kernel reads all scores again for each
+    choice."""
     num_experts = gating_output.shape[1]
     return (
-        is_hopper()
+        serves_here()
         and num_experts & (num_experts - 1) != 0
         and num_experts not in _KNOWN_TO_UPSTREAM
         and num_experts <= _MOST_EXPERTS
