@@ -53,7 +53,7 @@ endif
     fixtures-train tree patches patches-table mails check-patches check-groups \
     new-release lint docs-check \
     bench bench-check \
-    bench-load bench-serving stress clean
+    bench-load bench-serving stress report no-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | \
@@ -158,6 +158,14 @@ bench-serving: $(FORK_READY) ## serve with stock and with the fork on a GPU: STO
 
 stress: $(FORK_READY) ## serve under stress for MINUTES (10): every answer is judged
 	$(BIN)/python -m tests.stress.stress_serving --minutes $(or $(MINUTES),10)
+
+# Of a GPU: on another machine it says so before anything is built.
+report: $(if $(filter cpu,$(VLLM_TARGET_DEVICE)),no-gpu,$(FORK_READY)) ## test and measure this GPU, stock beside fork: two files for an issue
+	$(BIN)/python -m tools.report
+
+no-gpu:
+	@echo "error: make report measures a GPU: expected nvidia-smi or rocm-smi, or" \
+	    "VLLM_TARGET_DEVICE=cuda or rocm, found neither" >&2; exit 1
 
 clean: ## remove what was built here, but not the cache of base wheels
 	rm -rf build dist .venv .venv-*

@@ -100,6 +100,7 @@ class Settings:
     batches: Sequence[int] = BATCHES
     prompt_tokens: Sequence[int] = PROMPT_TOKENS
     alone: bool = False  # each server has the GPU for itself
+    fork_moe_backend: str | None = None  # where `auto` is not the fork's kernel
 
     @property
     def model(self) -> Path:
@@ -144,8 +145,9 @@ def kv_cache_bytes(widths: Widths, engines: int) -> int:
     return int(left)
 
 
-def engine_args(settings: Settings) -> list[str]:
-    """The same for all engines, so that times and memory can be compared."""
+def engine_args(settings: Settings, build: Build) -> list[str]:
+    """The same for all engines, so that times and memory can be compared; but for the
+    experts' kernel, if the fork is to be told."""
     cells = [cell(b, p) for b in settings.batches for p in settings.prompt_tokens]
     cells += [LATENCY, THROUGHPUT]
     longest = max(one["prompt_tokens"] + one["output_tokens"] for one in cells)
@@ -159,6 +161,11 @@ def engine_args(settings: Settings) -> list[str]:
         *("--gpu-memory-utilization", "0.4"),
         # Prompts that come again are to be read again.
         "--no-enable-prefix-caching",
+        *(
+            ("--moe-backend", settings.fork_moe_backend)
+            if settings.fork_moe_backend and build.name == "fork"
+            else ()
+        ),
     ]
 
 
@@ -167,7 +174,7 @@ def engine_job(
     settings: Settings, build: Build, name: str, env: dict[str, str]
 ) -> Iterator[Job]:
     """A job with an engine."""
-    model, args = str(settings.model), engine_args(settings)
+    model, args = str(settings.model), engine_args(settings, build)
     log(f"{name}: {build.name}")
     with job(name, build, settings.jobs, env, model=model, engine_args=args) as one:
         yield one
@@ -209,7 +216,8 @@ def start_servers(
         shutil.rmtree(build.cache, ignore_errors=True)
         file = settings.jobs / f"server-{build.name}.log"
         log(f"starting the server of {build.name}: {file}")
-        one = server(build, settings.model, engine_args(settings), file)
+        args = engine_args(settings, build)
+        one = server(build, settings.model, args, file)
         servers[build.name] = stack.enter_context(one)
     wait_until_ready(list(servers.values()))
     return servers
@@ -395,6 +403,11 @@ def parse_args() -> argparse.Namespace:
         "for `--parts serve`, into serving_int8_alone.json",
     )
     parser.add_argument(
+        "--fork-moe-backend",
+        metavar="NAME",
+        help="of the fork's engines: quark_int8 on a GPU where auto is upstream's",
+    )
+    parser.add_argument(
         "--tables",
         type=Path,
         nargs="+",
@@ -434,6 +447,7 @@ def main() -> None:
         batches=args.batches,
         prompt_tokens=args.prompt_tokens,
         alone=args.alone,
+        fork_moe_backend=args.fork_moe_backend,
     )
     try:
         measure(settings, args.parts)

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -642,6 +643,16 @@ def test_serving_asks_both_builds_in_turns(tmp_path: Path) -> None:
     }
     assert rows[256]["runs"] == {"stock": [17, 20], "fork": [18, 19]}  # many tokens
     assert none_is_left(tmp_path, 4)
+
+
+def test_only_the_fork_is_told_the_experts_kernel(tmp_path: Path) -> None:
+    """Stock does not know it, and refuses what it does not know."""
+    settings = replace(make_settings(tmp_path), fork_moe_backend="quark_int8")
+    stock, fork = (
+        benchmark.engine_args(settings, settings.builds[name])
+        for name in ("stock", "fork")
+    )
+    assert fork == [*stock, "--moe-backend", "quark_int8"]
 
 
 class Meanwhile(report.Results):
