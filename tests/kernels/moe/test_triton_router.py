@@ -184,7 +184,7 @@ def test_serves_hopper_where_upstream_is_slow(
     assert not triton_router.serves_product(weight.bfloat16(), weight.bfloat16())
 
 
-@pytest.mark.needs_patch("0030")
+@pytest.mark.needs_patch("0031")
 @pytest.mark.parametrize(
     ("platform", "served"),
     [
@@ -209,7 +209,7 @@ def test_other_gpus_take_it_where_that_is_asked_for(
     assert not triton_router.serves_product(x, weight)
 
 
-@pytest.mark.needs_patch("0030")
+@pytest.mark.needs_patch("0031")
 def test_a_misspelt_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_QUARK_INT8_KERNELS", "yes")
     with pytest.raises(ValueError, match="VLLM_QUARK_INT8_KERNELS.*auto.*on"):

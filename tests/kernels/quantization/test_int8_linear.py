@@ -290,7 +290,7 @@ def test_quarks_layers_take_it_on_hopper(
     assert kernel_of_quarks_layer(symmetric) == found
 
 
-@pytest.mark.needs_patch("0030")
+@pytest.mark.needs_patch("0031")
 @pytest.mark.parametrize(
     ("platform", "upstreams", "served"),
     [

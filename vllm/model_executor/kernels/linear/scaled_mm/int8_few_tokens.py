@@ -301,7 +301,8 @@ register_op("int8_linear", int8_linear, fake_impl=_int8_linear_fake)
 
 
 class FewTokensInt8ScaledMMLinearKernel(CutlassInt8ScaledMMLinearKernel):
-    """Upstream's kernel for CUDA, with another for few tokens: docs/design/int8-linear.md.
+    """Upstream's kernel for CUDA, with another for few tokens; see
+    docs/design/int8-linear.md.
 
     On ROCm its operator for more tokens calls upstream's Triton kernel.
     """
