@@ -34,7 +34,8 @@ if not HAS_GPU:
         from triton.backends import backends
 
         # From 0.23.0 a vLLM for CPUs drops a Triton without a back end of that name.
-        backends.setdefault("cpu", SimpleNamespace(driver=None))
+        nothing = SimpleNamespace(supports_target=lambda target: False)
+        backends.setdefault("cpu", SimpleNamespace(driver=None, compiler=nothing))
     if not torch.accelerator.is_available():
         # As vLLM's runner for CPUs does: a CPU build of torch has no accelerator.
         torch.accelerator.empty_cache = lambda: None

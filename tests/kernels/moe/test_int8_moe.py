@@ -40,10 +40,13 @@ from vllm.model_executor.layers.fused_moe.experts.quark_int8.tiles import (
 )
 
 from tests.kernels.gluon_interpreter import interpret
-from tests.kernels.utils import DEVICE, GPU, interpreted
+from tests.kernels.utils import DEVICE, GPU, MACHINE, interpreted
 from tests.platforms import pretended
 
 pytestmark = interpreted
+
+# Gluon's kernels run on Hopper and in the tests' interpreter.
+HAS_GLUON = is_hopper() or not (GPU or MACHINE)
 
 LIMIT = 7.0  # of swiglustep
 # Small tiles, so that small shapes have several and tails.
@@ -193,7 +196,7 @@ def _interpret_gluon(
 
 
 def skip_without_hopper(config: Config | FewConfig) -> None:
-    if isinstance(config, Config) and config.w13.persistent and GPU and not is_hopper():
+    if isinstance(config, Config) and config.w13.persistent and not HAS_GLUON:
         pytest.skip("needs a Hopper GPU, or none")
 
 
@@ -323,9 +326,7 @@ def test_same_bits() -> None:
     layer = make(Case(num_tokens=20, bias=True))
     for path in ((THIN, THIN, WIDE, BOXES, HOPPER), (FEW, FEW, FEW_TURNS)):
         first, *others = (
-            run(layer, config)
-            for config in path
-            if config is not HOPPER or not GPU or is_hopper()
+            run(layer, config) for config in path if config is not HOPPER or HAS_GLUON
         )
         assert all(torch.equal(out, first) for out in others)
 
@@ -395,7 +396,7 @@ def test_sums_are_exact() -> None:
     layer.experts.w13.fill_(-128)
     layer.x.fill_(-1.0)
     for config in (THIN, WIDE, HOPPER, FEW):
-        if config is not HOPPER or not GPU or is_hopper():
+        if config is not HOPPER or HAS_GLUON:
             check(run(layer, config), reference(layer, case))
 
 

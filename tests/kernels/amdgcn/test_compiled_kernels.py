@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tests of the Triton kernels on what is compiled for MI300 (gfx942) and MI350
+(gfx950): the machine code runs, on a CPU.
+
+Each in a process of its own: Triton's interpreter, which other tests use, is chosen
+when Triton is imported.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.utils import GPU
+
+pytestmark = [
+    pytest.mark.needs_group("kernels"),
+    pytest.mark.skipif(GPU, reason="runs on a CPU; the kernels run on the GPU here"),
+]
+ROOT = Path(__file__).parents[3]
+MOE = "tests/kernels/moe/test_int8_moe.py"
+LINEAR = "tests/kernels/quantization/test_int8_linear.py"
+ROUTER = "tests/kernels/moe/test_triton_router.py"
+HEADS = "tests/kernels/core/test_qk_norm_rope.py"
+TILES = "tests/kernels/amdgcn/rocm_tiles.py"
+
+
+@dataclass(frozen=True)
+class Tests:
+    """Which tests to run, with which of the plugin's options, and how many must pass
+    at least: one that is skipped shows nothing."""
+
+    files: tuple[str, ...]
+    at_least: int
+    options: tuple[str, ...] = ()
+    chosen: str = ""
+
+
+def run(tests: Tests) -> str:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "tests.kernels.amdgcn.plugin", "-m", "", *tests.options]
+    command += ["-k", tests.chosen] if tests.chosen else []
+    done = subprocess.run(
+        [*command, *tests.files],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= tests.at_least, done.stdout[-2000:]
+    return done.stdout
+
+
+# One of each kind of kernel, without and with what the runtime adds.
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_quick(arch: str) -> None:
+    chosen = "odd and (thin or few or narrow-wide) or test_align or swiglustep-thin"
+    options = ["--amdgcn", arch]
+    if arch == "gfx942":
+        options.append("--large-tensors")
+    run(Tests((MOE,), 10, tuple(options), chosen))
+
+
+ALL = Tests((MOE, LINEAR, ROUTER, HEADS), 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("large", [False, True], ids=["", "large"])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_all(arch: str, large: bool) -> None:
+    options = ("--amdgcn", arch, *(["--large-tensors"] if large else []))
+    run(Tests(ALL.files, ALL.at_least, options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["forward", "backward"])
+def test_other_orders(order: str) -> None:
+    """Waves one after another; what is approximate is off by a unit."""
+    run(Tests((MOE,), 60, ("--waves", order, "--nudge")))
