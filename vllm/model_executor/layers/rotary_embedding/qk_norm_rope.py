@@ -50,18 +50,22 @@ def qk_norm_rope_kernel(
     D: tl.constexpr = 2 * HALF + REST
     token = tl.program_id(0).to(tl.int64)
     q_blocks = tl.cdiv(num_heads, BLOCK_SIZE_H)
-    x_ptr = qkv_ptr + token * row_stride
+    # The branches choose an offset and not a pointer: for ROCm Triton 3.6 cannot compile
+    # a choice of two pointers of which one has an offset of 64 bits and one of 32.
     if tl.program_id(1) < q_blocks:
         first = tl.program_id(1) * BLOCK_SIZE_H
         heads = num_heads
+        before = 0
         weight_ptr = q_weight_ptr
-        out_ptr = q_ptr + token * num_heads * D
+        out_ptr = q_ptr
     else:
         first = (tl.program_id(1) - q_blocks) * BLOCK_SIZE_H
         heads = num_kv_heads
-        x_ptr += num_heads * D
+        before = num_heads * D
         weight_ptr = k_weight_ptr
-        out_ptr = k_ptr + token * num_kv_heads * D
+        out_ptr = k_ptr
+    x_ptr = qkv_ptr + token * row_stride + before
+    out_ptr += token * heads * D
     c = tl.arange(0, HALF)
     w1 = 1.0 + tl.load(weight_ptr + c).to(tl.float32)
     w2 = 1.0 + tl.load(weight_ptr + HALF + c).to(tl.float32)
