@@ -6,7 +6,8 @@
 Runs the fused MoE on tensors without memory, at Step-3.5-Flash's shape, whole and cut
 to an eighth of the width, and numbers of tokens that reach every choice of tiles; then
 linear layers of few tokens, gated and not, and the router, with each choice of tiles,
-and heads that are normalized and rotated; and compiles each launch. Prints a JSON list.
+and heads that are normalized and rotated; and compiles each launch, for ROCm in both
+forms: for tensors of any size and for those below 2 GiB. Prints a JSON list.
 """
 
 import itertools
@@ -163,7 +164,11 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
     return found
 
 
-def compile_launch(target: GPUTarget, kernel: Any, args: tuple, options: dict) -> Any:
+def compile_launch(
+    target: GPUTarget, kernel: Any, args: tuple, options: dict, small: bool = False
+) -> Any:
+    """small: tensors are below 2 GiB. Triton's HIP runtime tells the compiler so, which
+    then uses instructions for buffers, and other registers."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
@@ -182,6 +187,8 @@ def compile_launch(target: GPUTarget, kernel: Any, args: tuple, options: dict) -
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+            if small:
+                attributes[(i,)].append(["tt.pointer_range", 32])
         elif isinstance(value, int):
             signature[name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
@@ -215,15 +222,19 @@ def spills(compiled: Any) -> int:
 def main() -> None:
     target, architecture = TARGETS[sys.argv[1]]
     report = {}
-    for kernel, args, options in launches(architecture):
-        name = f"{kernel.fn.__name__} {options}"
+    forms = (False, True) if target.backend == "hip" else (False,)
+    for (kernel, args, options), small in itertools.product(
+        launches(architecture), forms
+    ):
+        name = f"{kernel.fn.__name__} {options} {small}"
         if name in report:
             continue
-        compiled = compile_launch(target, kernel, args, dict(options))
+        compiled = compile_launch(target, kernel, args, dict(options), small)
         asm = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
         report[name] = {
             "kernel": kernel.fn.__name__,
             "options": str(options),
+            "small": small,
             "spills": spills(compiled),
             "shared": compiled.metadata.shared,
             "instructions": sorted(set(re.findall(INSTRUCTIONS, asm))),

@@ -95,6 +95,7 @@ def div_fixup(q: ndarray, d: ndarray, n: ndarray) -> ndarray:
     q, d, n = np.broadcast_arrays(q, d, n)
     sign = (bits(d) ^ bits(n)) & u32(0x80000000)
     result = bits(q) & u32(0x7FFFFFFF) | sign
+    result = np.where(_exponent(n) - _exponent(d) < -150, sign, result)
     result = np.where(np.isinf(d) | (n == 0), sign, result)
     result = np.where(np.isinf(n) | (d == 0), u32(0x7F800000) | sign, result)
     neither = (n == 0) & (d == 0) | np.isinf(n) & np.isinf(d)

@@ -57,7 +57,7 @@ def registers_of(inst: Instruction) -> tuple[list[Operand], list[Operand]]:
         return _halves(inst), operands[:1]
     if name in _WITH_CARRY:
         return operands[2:], operands[:2]
-    if name in _IN_PLACE or name in _PART_OF or name == "s_addk_i32":
+    if name in _IN_PLACE or name in _PART_OF or name in ("s_addk_i32", "s_mulk_i32"):
         return operands, operands[:1]
     return operands[1:], operands[:1]
 

@@ -112,7 +112,7 @@ def compile_scalar(w: Waves, inst: Instruction) -> Callable[[], None] | None:
     operands = inst.operands
     if name.startswith(("s_cmp_", "s_cmpk_")):
         return _compare(w, inst)
-    if name in ("s_movk_i32", "s_addk_i32"):
+    if name in ("s_movk_i32", "s_addk_i32", "s_mulk_i32"):
         return _with_constant(w, inst)
     if name == "s_and_saveexec_b64":
         return _save_exec(w, inst)
@@ -139,9 +139,9 @@ def compile_scalar(w: Waves, inst: Instruction) -> Callable[[], None] | None:
             fn = ARITHMETIC[name]
         put = w.put_scalar
     elif name in LOGIC64 or name in SHIFTS64 or name in ("s_mov_b64", "s_cselect_b64"):
-        get = [bits64(w, operand, scalar=True) for operand in operands[1:]]
-        if name in SHIFTS64:
-            get[1] = bits32(w, operands[2], scalar=True)
+        get = [bits64(w, operands[1], scalar=True)]
+        second = bits32 if name in SHIFTS64 else bits64
+        get += [second(w, operand, scalar=True) for operand in operands[2:]]
         if name == "s_mov_b64":
 
             def fn(*values: ndarray) -> Result:
@@ -198,6 +198,9 @@ def _with_constant(w: Waves, inst: Instruction) -> Callable[[], None]:
     constant = _sixteen_bits(inst.operands[1].value, signed=True)
     if inst.name == "s_movk_i32":
         return lambda: w.put_scalar(to, constant)
+
+    if inst.name == "s_mulk_i32":
+        return lambda: w.put_scalar(to, w.S[to] * constant)
 
     def add() -> None:
         total, overflow = _add_signed(w.S[to], constant)

@@ -143,6 +143,12 @@ OPERATIONS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         "u",
         lambda x, y: a.to_bf16(x) | a.to_bf16(y) << u32(16),
     ),
+    "v_cvt_pk_f16_f32": ("ff", "u", lambda x, y: _pack(x, y)),
+    "v_pack_b32_f16": (
+        "uu",
+        "u",
+        lambda x, y: x & u32(0xFFFF) | y << u32(16),
+    ),
     "v_div_fmas_f32": ("fffm", "f", a.div_fmas),
     "v_div_fixup_f32": ("fff", "f", a.div_fixup),
 }
@@ -173,6 +179,12 @@ PACKED: dict[str, Callable[..., Any]] = {
 TYPES = {"u": u32, "i": i32, "f": f32, "U": u64, "I": i64}
 
 
+def _pack(x: ndarray, y: ndarray) -> ndarray:
+    """Two float32 as float16, the first in the lower half."""
+    low, high = (_to_bits(v.astype(np.float16), "h") for v in (x, y))
+    return low | high << u32(16)
+
+
 def _wide(fn: Callable, x: ndarray, y: ndarray, carry: Any = 0) -> tuple[Any, Any]:
     total = fn(np.asarray(x).astype(u64), np.asarray(y).astype(u64))
     total = total + np.asarray(carry).astype(u64)
@@ -180,10 +192,14 @@ def _wide(fn: Callable, x: ndarray, y: ndarray, carry: Any = 0) -> tuple[Any, An
 
 
 def _product64(x: ndarray, y: ndarray, z: ndarray, kind: Any) -> tuple[Any, Any]:
-    """The carry is that of 64 bits without a sign."""
+    """The flag is bit 64 of the sum: with signs, that the sum is negative."""
     product = np.asarray(np.asarray(x).astype(kind) * np.asarray(y).astype(kind))
-    total = product.view(u64) + z
-    return total, total < product.view(u64)
+    product = product.view(u64)
+    total = product + z
+    if kind is u64:
+        return total, total < product
+    overflow = (product ^ total) & (z ^ total)
+    return total, (total ^ overflow) >> u64(63) != 0
 
 
 def compile_vector(w: Waves, inst: Instruction) -> Run | None:

@@ -50,7 +50,7 @@ def qk_norm_rope_kernel(
     D: tl.constexpr = 2 * HALF + REST
     token = tl.program_id(0).to(tl.int64)
     q_blocks = tl.cdiv(num_heads, BLOCK_SIZE_H)
-    # The branches choose an offset and not a pointer: for ROCm Triton 3.6 cannot compile
+    # Branches choose an offset and not a pointer: for ROCm Triton 3.6 cannot compile
     # a choice of two pointers of which one has an offset of 64 bits and one of 32.
     if tl.program_id(1) < q_blocks:
         first = tl.program_id(1) * BLOCK_SIZE_H
