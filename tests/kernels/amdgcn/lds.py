@@ -174,7 +174,7 @@ def _read(
                 found.append(word)
         for register, word in zip(registers, found, strict=True):
             w.put(register, word)
-        checks.issue_lds(registers)
+        checks.issue_lds(registers, shared=True)
 
     return run
 
@@ -209,7 +209,7 @@ def _write(
                         same &= lds.octets[at + k] == octet
                 if not np.all(same):
                     raise Fault(f"{inst.text}: lanes write several values to a place")
-        checks.issue_lds(range(0), writes=True)
+        checks.issue_lds(range(0), shared=True)
 
     return run
 
@@ -221,7 +221,7 @@ def _add(w: Waves, lds: Lds, checks: Checks, inst: Instruction) -> Run:
     def run() -> None:
         at = lds.at(get().astype(np.int64) + offset, 4, "add", inst.text, [])
         np.add.at(lds.words, at >> 2, w.V[data][w.mask])
-        checks.issue_lds(range(0), writes=True)
+        checks.issue_lds(range(0), shared=True)
 
     return run
 

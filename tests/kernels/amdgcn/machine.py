@@ -103,7 +103,7 @@ class Machine:
         self.lds.clocks = self.lds.moved_bytes = 0
         with np.errstate(all="ignore"):
             for i in range(0, len(ids), step):
-                self.start(ids[i : i + step], user, i * kernel.num_warps, rng)
+                self.start(ids[i : i + step], user, rng)
                 self.run()
         return Statistics(
             self.counts,
@@ -128,12 +128,11 @@ class Machine:
         self,
         groups: ndarray,
         user: list[int | None],
-        first: int,
         rng: np.random.Generator,
     ) -> None:
         """What registers hold at the start. groups: [n, 3], their place in the grid."""
         w, checks = self.w, self.checks
-        w.start(len(groups), first, rng)
+        w.start(len(groups), rng)
         self.lds.start(rng)
         checks.start()
         ids = groups[w.group]

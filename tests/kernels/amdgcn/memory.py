@@ -2,8 +2,7 @@
 """Global memory: tensors at their addresses, and the instructions that reach them.
 
 An access outside of all tensors that a launch was given is a fault. So is one that
-depends on the order of workgroups: what one loads and another stores, and two different
-values for one byte.
+may depend on an order: a load of what the launch stores, and a second value for a byte.
 """
 
 import re
@@ -44,7 +43,7 @@ class Tensor:
     end: int = 0
     words: ndarray = field(default_factory=lambda: np.zeros(0, u32))
     loaded: bool = False
-    writer: ndarray | None = None  # the wave that stored each byte
+    stored: ndarray | None = None  # which bytes a launch has stored
 
     def __post_init__(self) -> None:
         self.end = self.start + self.octets.size
@@ -117,7 +116,7 @@ class Memory:
         words = [np.zeros(address.shape, u32) for _ in range(max(size // 4, 1))]
         for tensor, lanes, offset in self._split(address, mask, size, text):
             tensor.loaded = True
-            if tensor.writer is not None:
+            if tensor.stored is not None:
                 raise Fault(
                     f"{text}: loads from {tensor.name}, which this launch stores"
                 )
@@ -140,26 +139,23 @@ class Memory:
         mask: ndarray,
         words: list[ndarray],
         size: int,
-        wave: ndarray,
         text: str,
     ) -> None:
-        """Words [waves, lanes] to addresses; wave [waves] says whose they are."""
+        """Words [waves, lanes] to addresses."""
         for tensor, lanes, offset in self._split(address, mask, size, text):
             if tensor.loaded:
                 raise Fault(f"{text}: stores to {tensor.name}, which this launch loads")
-            if tensor.writer is None:
-                tensor.writer = np.full(tensor.octets.size, -1, np.int32)
+            if tensor.stored is None:
+                tensor.stored = np.zeros(tensor.octets.size, bool)
             self.stored_bytes += offset.size * size
-            who = np.broadcast_to(wave[:, None], lanes.shape)[lanes]
             for j in range(size):
                 octet = (words[j // 4][lanes] >> u32(8 * (j % 4))).astype(np.uint8)
                 at = offset + j
-                other = tensor.writer[at]
-                clash = (other >= 0) & (other != who) & (tensor.octets[at] != octet)
+                clash = tensor.stored[at] & (tensor.octets[at] != octet)
                 tensor.octets[at] = octet
                 if clash.any() or (tensor.octets[at] != octet).any():
                     raise Fault(f"{text}: two values for a byte of {tensor.name}")
-                tensor.writer[at] = who
+                tensor.stored[at] = True
 
 
 def compile_memory(
@@ -199,7 +195,7 @@ def compile_memory(
     def store() -> None:
         at, mask = lanes()
         words = [w.V[register] for register in registers]
-        memory.store(at, mask, words, size, w.number, text)
+        memory.store(at, mask, words, size, text)
         checks.issue_vector(range(0))
 
     return load if match[2] == "load" else store

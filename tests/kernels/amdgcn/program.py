@@ -32,7 +32,7 @@ class Program:
             )
         )
         machine = self.machine
-        machine.start(np.zeros((1, 3), int), [], 0, np.random.default_rng())
+        machine.start(np.zeros((1, 3), int), [], np.random.default_rng())
         machine.counts = np.zeros(len(instructions), np.int64)
         self.w, self.memory, self.lds = machine.w, machine.memory, machine.lds
 

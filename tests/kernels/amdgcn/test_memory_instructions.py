@@ -296,7 +296,8 @@ def test_matrices(
 @pytest.mark.parametrize(
     ("lines", "found"),
     [
-        (["ds_write_b32 v0, v1", "s_barrier"], "no s_waitcnt lgkmcnt after a write"),
+        (["ds_write_b32 v0, v1", "s_barrier"], "no s_waitcnt lgkmcnt after an access"),
+        (["ds_read_b32 v2, v0", "s_barrier"], "no s_waitcnt lgkmcnt after an access"),
         (["ds_read_b32 v2, v0", "v_mov_b32_e32 v3, v2"], "no s_waitcnt lgkmcnt"),
         (["ds_read_b32 v2, v0", "v_mov_b32_e32 v2, v1"], "no s_waitcnt lgkmcnt"),
         (

@@ -33,11 +33,10 @@ class Waves:
         self.per_group, self.registers = per_group, registers
         self.nudge = nudge  # some of what is approximate is off by a unit
 
-    def start(self, groups: int, first: int, rng: np.random.Generator) -> None:
-        """So many groups; `first` of the launch's waves have gone before."""
+    def start(self, groups: int, rng: np.random.Generator) -> None:
+        """So many groups."""
         self.num = groups * self.per_group
         self.group = np.arange(self.num) // self.per_group
-        self.number = first + np.arange(self.num)  # among all waves of the launch
         shape = self.registers, self.num, LANES
         self.V = rng.integers(0, 2**32, shape, dtype=np.uint32)
         self.S = rng.integers(0, 2**32, (SCALAR_REGISTERS, self.num), dtype=np.uint32)
