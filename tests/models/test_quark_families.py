@@ -301,4 +301,9 @@ def test_faults(stock: str, fork: str, of_stock: str, of_fork: str, number: int)
     said = {"fork": of_fork, "stock": of_stock}
     checks = {"installed": said, "alone": said}
     row = {"stock": stock, "fork": fork, "quark_check": checks}
-    assert len(faults(row)) == number
+    assert len(faults(row | {"unquantized": "right"})) == number
+    # Of stock nothing can be said where it is wrong unquantized, of the fork it can.
+    of_the_fork = [
+        f for f in faults(row | {"unquantized": "right"}) if "of stock" not in f
+    ]
+    assert faults(row | {"unquantized": "garbage: 0.6"}) == of_the_fork
