@@ -88,7 +88,6 @@ class Checks:
         self.pending = False
         self.vector_asked, self.vector_done = np.zeros((2, waves), np.int64)
         self.lds_asked, self.lds_done = np.zeros((2, waves), np.int64)
-        self.lds_shared = np.zeros(waves, np.int64)
         self.vector_ticket = np.zeros((registers, waves), np.int64)
         self.lds_ticket = np.zeros((registers, waves), np.int64)
         self.scalar_waits = np.zeros((SCALAR_REGISTERS, waves), bool)
@@ -108,13 +107,11 @@ class Checks:
                 self.vector_ticket[register], self.vector_asked, where=self.w.active
             )
 
-    def issue_lds(self, registers: range, shared: bool = False) -> None:
+    def issue_lds(self, registers: range) -> None:
         self.pending = True
         self.lds_asked += self.w.active
         for register in registers:
             np.copyto(self.lds_ticket[register], self.lds_asked, where=self.w.active)
-        if shared:
-            np.copyto(self.lds_shared, self.lds_asked, where=self.w.active)
 
     def issue_scalar(self, registers: range) -> None:
         self.pending = True
@@ -136,11 +133,6 @@ class Checks:
             or (self.lds_done < self.lds_asked).any()
             or self.scalar_waits.any()
         )
-
-    def barrier(self, text: str) -> None:
-        """Others may use what a wave has read and written in LDS if it has waited."""
-        if ((self.lds_shared > self.lds_done) & self.w.active).any():
-            raise Fault(f"{text}: no s_waitcnt lgkmcnt after an access to LDS")
 
 
 class Guard:

@@ -2,7 +2,8 @@
 """LDS, the memory that a workgroup shares, and the instructions of it.
 
 Between two barriers no wave may read or write what another writes, but for writing the
-same value: Triton lets several lanes write copies of a value.
+same value: Triton lets several lanes write copies of a value. What a wave has not
+waited for at a barrier, with s_waitcnt, may happen after it.
 """
 
 import re
@@ -25,8 +26,9 @@ BANKS = 32
 class Lds:
     """A part of it for each group, of whole words."""
 
-    def __init__(self, w: Waves, num_bytes: int, grain: int) -> None:
-        self.w, self.num_bytes, self.grain = w, num_bytes, grain
+    def __init__(self, w: Waves, checks: Checks, num_bytes: int, grain: int) -> None:
+        self.w, self.checks = w, checks
+        self.num_bytes, self.grain = num_bytes, grain
         self.stride = -(-num_bytes // 4) * 4
         self.measure = False  # count clocks
         self.clocks = self.moved_bytes = 0
@@ -36,6 +38,8 @@ class Lds:
         self.octets = rng.integers(0, 256, size, dtype=np.uint8)
         self.words = self.octets.view(u32)
         self.epoch = np.zeros(self.w.num, np.int64)  # barriers that a wave has passed
+        # Accesses that waves have not yet waited for: how, where, by whom, the ticket.
+        self.open: list[tuple[str, ndarray, ndarray, ndarray]] = []
         # When each grain was last read, written and added to, and by whom.
         grains = size // self.grain
         self.last = {
@@ -75,31 +79,43 @@ class Lds:
         text: str,
         words: list[ndarray],
     ) -> None:
-        epoch = self.epoch[wave]
-
-        def of_another(kind: str, grain: ndarray) -> ndarray:
-            when, who = self.last[kind]
-            return (when[grain] == epoch) & (who[grain] != wave)
-
         for j in range(0, size, self.grain):
             grain = (offset + j) // self.grain
-            clash = of_another("write", grain)
+            clash = self.of_another("write", grain, wave)
             if words and clash.any() and self.grain >= 4:
                 clash &= self.words[offset + j >> 2] != words[j // 4]
             if how != "add":
-                clash |= of_another("add", grain)
+                clash |= self.of_another("add", grain, wave)
             if how != "read":
-                clash |= of_another("read", grain)
+                clash |= self.of_another("read", grain, wave)
             if clash.any():
                 raise Fault(f"{text}: a race in LDS between two barriers ({how})")
-            when, who = self.last[how]
-            if how == "read":
-                others = of_another("read", grain)
-                when[grain] = epoch
-                who[grain] = np.where(others, _SEVERAL, wave)
-                who[grain[who[grain] != wave]] = _SEVERAL
-            else:
-                when[grain], who[grain] = epoch, wave
+            self.mark(how, grain, wave)
+            self.open.append((how, grain, wave, self.checks.lds_asked[wave] + 1))
+
+    def of_another(self, how: str, grain: ndarray, wave: ndarray) -> ndarray:
+        """Which grains another wave has accessed since the last barrier."""
+        when, who = self.last[how]
+        return (when[grain] == self.epoch[wave]) & (who[grain] != wave)
+
+    def mark(self, how: str, grain: ndarray, wave: ndarray) -> None:
+        when, who = self.last[how]
+        others = self.of_another(how, grain, wave)
+        when[grain] = self.epoch[wave]
+        who[grain] = np.where(others, _SEVERAL, wave)
+        if how == "read":  # two waves in this very instruction
+            who[grain[who[grain] != wave]] = _SEVERAL
+
+    def pass_barrier(self, waiting: ndarray) -> None:
+        """The waves that wait go on."""
+        self.epoch[waiting] += 1
+        accesses, self.open = self.open, []
+        for how, grain, wave, ticket in accesses:
+            late = ticket > self.checks.lds_done[wave]
+            if late.any():
+                grain, wave = grain[late], wave[late]
+                self.mark(how, grain, wave)
+                self.open.append((how, grain, wave, ticket[late]))
 
     def count(self, address: ndarray, size: int) -> None:
         """Clocks of an access: neighbouring lanes ask for as many bytes at once as
@@ -174,7 +190,7 @@ def _read(
                 found.append(word)
         for register, word in zip(registers, found, strict=True):
             w.put(register, word)
-        checks.issue_lds(registers, shared=True)
+        checks.issue_lds(registers)
 
     return run
 
@@ -209,7 +225,7 @@ def _write(
                         same &= lds.octets[at + k] == octet
                 if not np.all(same):
                     raise Fault(f"{inst.text}: lanes write several values to a place")
-        checks.issue_lds(range(0), shared=True)
+        checks.issue_lds(range(0))
 
     return run
 
@@ -221,7 +237,7 @@ def _add(w: Waves, lds: Lds, checks: Checks, inst: Instruction) -> Run:
     def run() -> None:
         at = lds.at(get().astype(np.int64) + offset, 4, "add", inst.text, [])
         np.add.at(lds.words, at >> 2, w.V[data][w.mask])
-        checks.issue_lds(range(0), shared=True)
+        checks.issue_lds(range(0))
 
     return run
 

@@ -51,8 +51,8 @@ class Statistics:
     counts: ndarray
     groups: int
     waves: int
-    loaded_bytes: int
-    stored_bytes: int
+    loaded_bytes: dict[str, int]  # of each tensor
+    stored_bytes: dict[str, int]
     lds_bytes: int
     lds_clocks: int
 
@@ -67,17 +67,21 @@ class Machine:
             registers = ACCUMULATORS + kernel.accumulators
         self.w = Waves(kernel.num_warps, registers, self.options.nudge)
         self.memory = Memory()
-        self.lds = Lds(self.w, kernel.lds_bytes, grain_of(kernel.instructions))
-        self.lds.measure = self.options.measure
         self.checks = Checks(self.w, len(kernel.instructions))
+        grain = grain_of(kernel.instructions)
+        self.lds = Lds(self.w, self.checks, kernel.lds_bytes, grain)
+        self.lds.measure = self.options.measure
         self.jumps = [is_control(inst) for inst in kernel.instructions]
         self.compiled: list[Run | None] = [None] * len(kernel.instructions)
         self.at = 0
 
     def launch(
-        self, grid: tuple[int, ...], arguments: list[bytes | ndarray]
+        self,
+        grid: tuple[int, ...],
+        arguments: list[bytes | ndarray],
+        most_groups: int | None = None,
     ) -> Statistics:
-        """Run all workgroups of a grid.
+        """Run all workgroups of a grid, or the first of them.
 
         Args:
             arguments: what the kernel's source names: the bytes of numbers, and arrays
@@ -96,7 +100,7 @@ class Machine:
         preloaded = kernel.directive("user_sgpr_kernarg_preload_length")
         user[2 : 2 + preloaded] = block.view(np.uint32)[:preloaded].tolist()
         ids = np.stack(np.meshgrid(range(z), range(y), range(x), indexing="ij"), -1)
-        ids = ids.reshape(-1, 3)[:, ::-1]
+        ids = ids.reshape(-1, 3)[:most_groups, ::-1]
         step = GROUPS_AT_ONCE if self.options.order == "together" else 1
         rng = np.random.default_rng(self.options.seed)
         self.counts = np.zeros(len(kernel.instructions), np.int64)
@@ -109,8 +113,8 @@ class Machine:
             self.counts,
             len(ids),
             len(ids) * kernel.num_warps,
-            memory.loaded_bytes,
-            memory.stored_bytes,
+            {t.name: t.loaded_bytes for t in memory.tensors if t.loaded_bytes},
+            {t.name: t.stored_bytes for t in memory.tensors if t.stored_bytes},
             self.lds.moved_bytes,
             self.lds.clocks,
         )
@@ -157,7 +161,7 @@ class Machine:
                 if self.done.all():
                     return
                 # Waves that have ended no longer take part in a barrier.
-                self.lds.epoch[self.waiting] += 1
+                self.lds.pass_barrier(self.waiting)
                 self.waiting[:] = False
                 continue
             active, end = self.choose(ready)
@@ -215,7 +219,7 @@ class Machine:
             counts = {key: int(value) for key, value in inst.modifiers.items()}
             return lambda: self.checks.wait(counts)
         if name == "s_barrier":
-            return lambda: self.barrier(inst.text)
+            return self.barrier
         if name == "s_endpgm":
             return self.end
         if name == "s_branch":
@@ -240,8 +244,7 @@ class Machine:
         active = self.w.active
         self.pc[active] = np.where(where, target, self.at + 1)[active]
 
-    def barrier(self, text: str) -> None:
-        self.checks.barrier(text)
+    def barrier(self) -> None:
         self.pc[self.w.active] = self.at + 1
         self.waiting |= self.w.active
 

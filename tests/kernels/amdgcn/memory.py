@@ -42,7 +42,8 @@ class Tensor:
     octets: ndarray
     end: int = 0
     words: ndarray = field(default_factory=lambda: np.zeros(0, u32))
-    loaded: bool = False
+    loaded_bytes: int = 0
+    stored_bytes: int = 0
     stored: ndarray | None = None  # which bytes a launch has stored
 
     def __post_init__(self) -> None:
@@ -58,7 +59,6 @@ class Memory:
 
     def start(self) -> None:
         self.tensors: list[Tensor] = []
-        self.loaded_bytes = self.stored_bytes = 0
 
     def add(self, name: str, array: ndarray) -> int:
         """Bytes, uint8 [n], that lie at their address, which is returned."""
@@ -115,12 +115,11 @@ class Memory:
         """Words [waves, lanes] that lie at addresses; 0 in lanes that are off."""
         words = [np.zeros(address.shape, u32) for _ in range(max(size // 4, 1))]
         for tensor, lanes, offset in self._split(address, mask, size, text):
-            tensor.loaded = True
             if tensor.stored is not None:
                 raise Fault(
                     f"{text}: loads from {tensor.name}, which this launch stores"
                 )
-            self.loaded_bytes += offset.size * size
+            tensor.loaded_bytes += offset.size * size
             if size >= 4 and not (offset & 3).any():
                 offset = offset >> 2
                 for j, word in enumerate(words):
@@ -143,11 +142,11 @@ class Memory:
     ) -> None:
         """Words [waves, lanes] to addresses."""
         for tensor, lanes, offset in self._split(address, mask, size, text):
-            if tensor.loaded:
+            if tensor.loaded_bytes:
                 raise Fault(f"{text}: stores to {tensor.name}, which this launch loads")
             if tensor.stored is None:
                 tensor.stored = np.zeros(tensor.octets.size, bool)
-            self.stored_bytes += offset.size * size
+            tensor.stored_bytes += offset.size * size
             for j in range(size):
                 octet = (words[j // 4][lanes] >> u32(8 * (j % 4))).astype(np.uint8)
                 at = offset + j

@@ -40,7 +40,10 @@ class Tests:
     chosen: str = ""
 
 
-def run(tests: Tests) -> str:
+ALL = Tests((MOE, LINEAR, ROUTER, HEADS), 120)
+
+
+def run(tests: Tests) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-p", "tests.kernels.amdgcn.plugin", "-m", "", *tests.options]
     command += ["-k", tests.chosen] if tests.chosen else []
@@ -54,20 +57,20 @@ def run(tests: Tests) -> str:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) >= tests.at_least, done.stdout[-2000:]
-    return done.stdout
 
 
-# One of each kind of kernel, without and with what the runtime adds.
-@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
-def test_quick(arch: str) -> None:
-    chosen = "odd and (thin or few or narrow-wide) or test_align or swiglustep-thin"
-    options = ["--amdgcn", arch]
-    if arch == "gfx942":
-        options.append("--large-tensors")
-    run(Tests((MOE,), 10, tuple(options), chosen))
+# Every choice of tiles, and one or two of the other kernels.
+QUICK = (
+    "bf16 or every_choice or whoever_shares or moves_that_head or equal_scores or "
+    "zero_stay_zero or 7-17-2-24-16-torch.float32"
+)
 
 
-ALL = Tests((MOE, LINEAR, ROUTER, HEADS), 100)
+@pytest.mark.parametrize(
+    ("arch", "options"), [("gfx942", ()), ("gfx950", ("--large-tensors",))]
+)
+def test_quick(arch: str, options: tuple[str, ...]) -> None:
+    run(Tests((TILES, *ALL.files), 12, ("--amdgcn", arch, *options), QUICK))
 
 
 @pytest.mark.slow
@@ -75,11 +78,11 @@ ALL = Tests((MOE, LINEAR, ROUTER, HEADS), 100)
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 def test_all(arch: str, large: bool) -> None:
     options = ("--amdgcn", arch, *(["--large-tensors"] if large else []))
-    run(Tests(ALL.files, ALL.at_least, options))
+    run(Tests((TILES, *ALL.files), ALL.at_least, options))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["forward", "backward"])
 def test_other_orders(order: str) -> None:
     """Waves one after another; what is approximate is off by a unit."""
-    run(Tests((MOE,), 60, ("--waves", order, "--nudge")))
+    run(Tests((TILES, MOE), 70, ("--waves", order, "--nudge")))

@@ -96,10 +96,16 @@ def _product(
         of the tensor cores, of which they have at least 64, and a the columns, of which
         8 will do.
     """
+    # w is loaded as the product takes it, where it can be. For ROCm Triton 3.6 lays a
+    # tile that is transposed after its load in LDS as it comes: lanes that hold one K
+    # of 16 rows then read 16 words of one bank.
+    W_IN_COLUMNS: tl.constexpr = not (TMA_W or SWAP_AB)
     k = tl.arange(0, BLOCK_SIZE_K)
     if not TMA_A:
         a_ptrs = a + a_rows[:, None] * size_k + k[None, :]
-    if not TMA_W:
+    if W_IN_COLUMNS:
+        w_ptrs = w + w_rows[None, :] * size_k + k[:, None]
+    elif not TMA_W:
         w_ptrs = w + w_rows[:, None] * size_k + k[None, :]
     if SWAP_AB:
         sums = tl.zeros((BLOCK_SIZE_W, BLOCK_SIZE_M), tl.int32)
@@ -120,10 +126,14 @@ def _product(
                 w_tile = w.load([w_row, k0])
         elif EVEN_K:
             w_tile = tl.load(w_ptrs)
+        elif W_IN_COLUMNS:
+            w_tile = tl.load(w_ptrs, mask=(k < size_k - k0)[:, None], other=0)
         else:
             w_tile = tl.load(w_ptrs, mask=(k < size_k - k0)[None, :], other=0)
         if SWAP_AB:
             sums = tl.dot(w_tile, a_tile.T, sums, out_dtype=tl.int32)
+        elif W_IN_COLUMNS:
+            sums = tl.dot(a_tile, w_tile, sums, out_dtype=tl.int32)
         else:
             sums = tl.dot(a_tile, w_tile.T, sums, out_dtype=tl.int32)
         if not TMA_A:

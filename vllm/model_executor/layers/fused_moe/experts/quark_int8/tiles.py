@@ -143,13 +143,18 @@ _CUDA = (
     (80, _same(64, Product(128, 64, 4, 4))),
     (float("inf"), _same(128, Product(128, 64, 8, 4))),
 )
-# 64 KiB of LDS hold one tile, the next waits in registers. 256 lanes a workgroup leave
-# room for two to three workgroups on a compute unit with thin tiles; the largest tile
-# fills it with eight waves, two on each SIMD.
+# For MI300 by what the compiled code executes, not measured: docs/mi300-kernels.md. 64
+# KiB of LDS hold one tile of two or three workgroups, and the next waits in registers.
+# Up to 80 pairs an expert the traffic of weights takes longest: a tile holds all of the
+# pairs. Beyond, matrix instructions do, if LDS keeps up: a tile of 128 x 128 reads less
+# of it for each product than smaller ones, and leaves room for a second workgroup, that
+# multiplies while the other one loads. With eight waves of 128 x 256 there is no room,
+# and Triton lets waves take turns: one writes to LDS while reads of another, for which
+# it has not waited, may not have happened.
 _ROCM = (
     (8, _same(16, Product(128, 128, 4, 2))),
     (80, _same(64, Product(128, 128, 4, 2))),
-    (float("inf"), _same(128, Product(256, 128, 8, 2))),
+    (float("inf"), _same(128, Product(128, 128, 4, 2))),
 )
 _TABLES = {"hopper": _HOPPER, "cuda": _CUDA, "rocm": _ROCM}
 
