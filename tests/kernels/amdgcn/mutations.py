@@ -165,6 +165,12 @@ def report(arch: str, small: bool, most: int, seed: int) -> dict[str, Any]:
                         "kind": kind,
                         "index": index,
                         "instruction": text,
+                        "context": [
+                            other.text
+                            for other in recorded.kernel.instructions[
+                                max(index - 4, 0) : index + 5
+                            ]
+                        ],
                     }
                 )
     return {"arch": arch, "small": small, "kinds": kinds, "missed": missed}
