@@ -49,7 +49,10 @@ from vllm.model_executor.layers.rotary_embedding import qk_norm_rope
 
 TARGETS: dict[str, tuple[GPUTarget, Architecture]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), "cuda"),
+    "sm_89": (GPUTarget("cuda", 89, 32), "cuda"),
     "sm_90": (GPUTarget("cuda", 90, 32), "hopper"),
+    "sm_100": (GPUTarget("cuda", 100, 32), "cuda"),
+    "sm_120": (GPUTarget("cuda", 120, 32), "cuda"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "rocm"),
     "gfx950": (GPUTarget("hip", "gfx950", 64), "rocm"),
 }
@@ -71,6 +74,7 @@ INSTRUCTIONS = "|".join(
         r"wgmma\.mma_async\S+",
         r"wgmma\.wait_group\S+ \d",
         r"mma\.sync\S+",
+        r"tcgen05\.mma\S+",
         r"v_mfma_\w+",
         r"dp4a\S+",
         r"v_dot4\w+",
@@ -111,7 +115,9 @@ def run_experts(
     apply_experts(x, experts, routing, torch.empty_like(x), config)
 
 
-def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
+def launches(
+    architecture: Architecture, has_pdl: bool
+) -> list[tuple[Any, tuple, dict]]:
     found = []
     modules = few_kernels, hopper_kernels, product_kernels, sort_kernels
     of_the_moe = {id(value) for module in modules for value in vars(module).values()}
@@ -119,7 +125,7 @@ def launches(architecture: Architecture) -> list[tuple[Any, tuple, dict]]:
     def record(kernel: Any, grid: Any, pdl: bool, *args: Any, **options: Any) -> None:
         # Some ask the GPU; tensors without memory are on none.
         if id(kernel) not in of_the_moe:
-            pdl = architecture == "hopper"
+            pdl = has_pdl
         if pdl:
             options["launch_pdl"] = True
         found.append((kernel, args, options | {"PDL": pdl}))
@@ -223,8 +229,10 @@ def main() -> None:
     target, architecture = TARGETS[sys.argv[1]]
     report = {}
     forms = (False, True) if target.backend == "hip" else (False,)
+    # As `int8_triton.has_pdl` answers on such a GPU.
+    has_pdl = target.backend == "cuda" and target.arch >= 90
     for (kernel, args, options), small in itertools.product(
-        launches(architecture), forms
+        launches(architecture, has_pdl), forms
     ):
         name = f"{kernel.fn.__name__} {options} {small}"
         if name in report:

@@ -13,20 +13,41 @@ import pytest
 pytestmark = pytest.mark.needs_group("kernels")
 
 # A byte more cannot be launched.
-SHARED = {"sm_80": 163, "sm_90": 227, "gfx942": 64, "gfx950": 160}
-# Bytes, of kernels whose tiles were chosen for Hopper, which alone takes them.
-SPILLS = {("int8_linear_kernel", "sm_80"): 8, ("router_few_kernel", "sm_80"): 8}
+SHARED = {
+    "sm_80": 163,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+    "gfx950": 160,
+}
+# Bytes, of kernels whose tiles were chosen for Hopper; others take them if asked to.
+SPILLS = {
+    (kernel, target): 8
+    for kernel in ("int8_linear_kernel", "router_few_kernel")
+    for target in ("sm_80", "sm_89")
+}
 # Of Gluon's w13 with a bias per channel, once a tile, between two products.
 BIAS_SPILLS = 424
+# Triton takes Ampere's instruction on Blackwell as well: no int8 of tcgen05's.
+_MMA_S8 = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
 PRODUCT = {
-    "sm_80": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
+    "sm_80": _MMA_S8,
+    "sm_89": _MMA_S8,
+    "sm_100": _MMA_S8,
+    "sm_120": _MMA_S8,
     "sm_90": "wgmma.mma_async.sync.aligned.m64n",
     "gfx942": "v_mfma_i32_",
     "gfx950": "v_mfma_i32_",
 }
 # The weight is the operand in registers, of 64 rows on Hopper.
+_MMA_BF16 = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 ROUTER = {
-    "sm_80": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+    "sm_80": _MMA_BF16,
+    "sm_89": _MMA_BF16,
+    "sm_100": r"tcgen05\.mma\.cta_group::1\.kind::f16",
+    "sm_120": _MMA_BF16,
     "sm_90": r"wgmma.mma_async.sync.aligned.m64n\d+k16.f32.bf16.bf16",
     "gfx942": "v_mfma_f32_",
     "gfx950": "v_mfma_f32_",
