@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.table import README, TABLE, sizes, table
+from tools.table import README, TABLE, sizes, table, total
 from tools.upstream import ROOT, release, releases, series_folders
 
 MAX_LINES, MAX_CELL = 140, 120
@@ -272,7 +272,10 @@ def readme_faults(text: str) -> Iterator[str]:
                 f"found one of {longest}"
             )
     rows = {found[0]: found for line in lines if len(found := cells(line)) > 1}
-    for group, size in sizes(release().series).items():
+    groups = sizes(release().series)
+    if (whole := total(groups.values())) not in text:
+        yield f"size of the stack: expected {whole}; make patches-table"
+    for group, size in groups.items():
         if (said := rows.get(f"`{group}`", ["", "no row"])[1]) != str(size):
             yield (
                 f"size of the group {group}: expected {size}, found {said}; make "

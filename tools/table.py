@@ -65,9 +65,19 @@ def sizes(folder: Path) -> dict[str, Size]:
     return found
 
 
+def total(groups: Iterable[Size]) -> str:
+    """What README says of a whole series."""
+    every = list(groups)
+    lines = round(sum(size.lines for size in every), -3)
+    return f"{sum(size.patches for size in every)} patches hook {lines:,} lines"
+
+
 def with_sizes(readme: str, folder: Path) -> str:
-    """README with the size of each group of a series, in the second cell of its row."""
-    for group, size in sizes(folder).items():
+    """README with the size of a series, and of each group in the second cell of its
+    row."""
+    found = sizes(folder)
+    readme = re.sub(r"\d+ patches hook [\d,]+ lines", total(found.values()), readme)
+    for group, size in found.items():
         row = re.compile(rf"^(\| `{group}` \|)[^|]*\|", re.MULTILINE)
         readme = row.sub(rf"\1 {size} |", readme, count=1)
     return readme

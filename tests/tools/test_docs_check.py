@@ -21,7 +21,7 @@ from tools.docs_check import (
     value_of,
     wrong_figures,
 )
-from tools.table import sizes, with_sizes
+from tools.table import sizes, total, with_sizes
 from tools.upstream import release
 
 RESULTS = {
@@ -167,9 +167,10 @@ def test_a_file_that_is_not_there(page: Path):
 
 
 def test_readme_has_limits():
-    groups = sizes(release().series).items()
-    rows = "".join(f"| `{group}` | {size} |\n" for group, size in groups)
-    fill = "\n" * (MAX_LINES - len(groups) - 1)
+    groups = sizes(release().series)
+    rows = "".join(f"| `{group}` | {size} |\n" for group, size in groups.items())
+    rows += f"{total(groups.values())}\n"
+    fill = "\n" * (MAX_LINES - len(groups) - 2)
     whole = f"{rows}| {'x' * MAX_CELL} | `a \\| b` |\n{fill}"
     assert list(readme_faults(whole)) == []
     [fault] = readme_faults(f"{whole}\n")
@@ -181,9 +182,13 @@ def test_readme_has_limits():
 def test_readme_tells_sizes_of_groups():
     groups = sizes(release().series)
     rows = "".join(f"| `{group}` | {size} |\n" for group, size in groups.items())
+    rows += f"{total(groups.values())} of Python\n"
+    [fault] = readme_faults(rows.replace(" patches hook", "0 patches hook"))
+    assert f"expected {total(groups.values())}" in fault
     other = rows.replace(str(groups["fix"]), "3 patches, 54 lines")
     [fault] = readme_faults(other)
     assert "the group fix" in fault and "found 3 patches, 54 lines" in fault
+    other = other.replace(" patches hook", "0 patches hook")
     assert with_sizes(other, release().series) == rows
 
 
