@@ -22,7 +22,7 @@ def kernels(arch: str, small: bool) -> Iterator[tuple[str, dict[str, Any], Kerne
     """Name and options of each launch, and its kernel; small: below 2 GiB."""
     target, architecture = compile_int8.TARGETS[arch]
     seen = set()
-    for kernel, args, options in compile_int8.launches(architecture):
+    for kernel, args, options in compile_int8.launches(architecture, has_pdl=False):
         key = f"{kernel.fn.__name__} {options}"
         if key in seen:
             continue

@@ -252,7 +252,7 @@ def measure(arch: str, configs: list[Config], only: str = "") -> list[dict[str, 
     # Tensors of a CPU have one compute unit; programs share rows among all.
     num_sms, int8_few_tokens.num_sms = (
         int8_few_tokens.num_sms,
-        lambda _: CHIPS[arch].units,
+        lambda x: CHIPS[arch].units,
     )
     try:
         for name, fn in layers(configs):
