@@ -30,7 +30,7 @@ TILES = "tests/kernels/amdgcn/rocm_tiles.py"
 
 
 @dataclass(frozen=True)
-class Tests:
+class Choice:
     """Which tests to run, with which of the plugin's options, and how many must pass
     at least: one that is skipped shows nothing."""
 
@@ -40,10 +40,10 @@ class Tests:
     chosen: str = ""
 
 
-ALL = Tests((MOE, LINEAR, ROUTER, HEADS), 120)
+ALL = Choice((MOE, LINEAR, ROUTER, HEADS), 120)
 
 
-def run(tests: Tests) -> None:
+def run(tests: Choice) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-p", "tests.kernels.amdgcn.plugin", "-m", "", *tests.options]
     command += ["-k", tests.chosen] if tests.chosen else []
@@ -59,18 +59,21 @@ def run(tests: Tests) -> None:
     assert passed and int(passed[1]) >= tests.at_least, done.stdout[-2000:]
 
 
-# Every choice of tiles, and one or two of the other kernels.
-QUICK = (
-    "bf16 or every_choice or whoever_shares or moves_that_head or equal_scores or "
-    "zero_stay_zero or 7-17-2-24-16-torch.float32"
-)
+# Every choice of tiles and one or two of the other kernels; then some, in other forms.
+QUICK = {
+    "gfx942": "bf16 or every_choice or whoever_shares or moves_that_head or "
+    "equal_scores or zero_stay_zero or 7-17-2-24-16-torch.float32",
+    "gfx950": "few-bf16 or 16-bf16 or 64-bf16 or equal_scores",
+}
 
 
 @pytest.mark.parametrize(
-    ("arch", "options"), [("gfx942", ()), ("gfx950", ("--large-tensors",))]
+    ("arch", "at_least", "options"),
+    [("gfx942", 12, ()), ("gfx950", 4, ("--large-tensors",))],
 )
-def test_quick(arch: str, options: tuple[str, ...]) -> None:
-    run(Tests((TILES, *ALL.files), 12, ("--amdgcn", arch, *options), QUICK))
+def test_quick(arch: str, at_least: int, options: tuple[str, ...]) -> None:
+    files = TILES, *ALL.files
+    run(Choice(files, at_least, ("--amdgcn", arch, *options), QUICK[arch]))
 
 
 @pytest.mark.slow
@@ -78,11 +81,11 @@ def test_quick(arch: str, options: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 def test_all(arch: str, large: bool) -> None:
     options = ("--amdgcn", arch, *(["--large-tensors"] if large else []))
-    run(Tests((TILES, *ALL.files), ALL.at_least, options))
+    run(Choice((TILES, *ALL.files), ALL.at_least, options))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["forward", "backward"])
 def test_other_orders(order: str) -> None:
     """Waves one after another; what is approximate is off by a unit."""
-    run(Tests((TILES, MOE), 70, ("--waves", order, "--nudge")))
+    run(Choice((TILES, MOE), 70, ("--waves", order, "--nudge")))
