@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(GPU, reason="runs on a CPU"),
 ]
 ROOT = Path(__file__).parents[3]
-# The least share that must be caught; docs/mi300-kernels.md explains what is not.
+# The least share that must be caught; docs/design/mi300-kernels.md explains the rest.
 SHARES = {
     "load or store dropped": 0.95,
     "barrier dropped": 0.85,

@@ -143,8 +143,9 @@ _CUDA = (
     (80, _same(64, Product(128, 64, 4, 4))),
     (float("inf"), _same(128, Product(128, 64, 8, 4))),
 )
-# For MI300 by what the compiled code executes, not measured: docs/mi300-kernels.md. 64
-# KiB of LDS hold one tile of two or three workgroups, and the next waits in registers.
+# For MI300 by what the compiled code executes, not measured; see
+# docs/design/mi300-kernels.md. 64 KiB of LDS hold one tile of two or three workgroups,
+# and the next waits in registers.
 # Up to 80 pairs an expert the traffic of weights takes longest: a tile holds all of the
 # pairs. Beyond, matrix instructions do, if LDS keeps up: a tile of 128 x 128 reads less
 # of it for each product than smaller ones, and leaves room for a second workgroup, that
