@@ -152,6 +152,20 @@ def test_tests_that_fail_before_any_ran(tmp_path: Path, monkeypatch):
     assert step.failures[0]["name"] == "tests ended with status 1"
 
 
+def test_a_run_without_tests_tells_why(tmp_path: Path, monkeypatch):
+    """pytest's results are then empty, and it ends with a status of its own."""
+
+    def fake(name: str, command: list[str], env: dict, timeout_s: float, out: Path):
+        (out / "tests.xml").write_text("<testsuites><testsuite/></testsuites>")
+        failure = {"name": "tests ended with status 5", "log": "no tests ran"}
+        return Step(name, "failed", failures=[failure]), out / "tests.log"
+
+    monkeypatch.setattr(report, "run", fake)
+    step = report.run_tests(tmp_path)
+    assert step.counts == {"passed": 0, "failed": 0, "skipped": 0}
+    assert step.failures[0]["log"] == "no tests ran"
+
+
 def fake_run(saved: dict[str, Any], status: str, name: str, calls: list):
     """In the place of `run`: a benchmark that has saved rows, and then ends so."""
 
