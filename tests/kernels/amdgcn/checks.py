@@ -7,7 +7,7 @@ import numpy as np
 from tests.kernels.amdgcn.code import M0, VCC, Instruction, Operand
 from tests.kernels.amdgcn.waves import SCALAR_REGISTERS, Fault, Waves
 
-_BOTH = {"v_permlane32_swap_b32"}
+_BOTH = {"v_permlane16_swap_b32", "v_permlane32_swap_b32"}
 _IN_PLACE = {"v_fmac_f32", "v_dot4c_i32_i8"}
 _PART_OF = {"v_fma_mixlo_f16", "v_fma_mixhi_f16"}
 _WITH_CARRY = {

@@ -82,8 +82,8 @@ class Lds:
         for j in range(0, size, self.grain):
             grain = (offset + j) // self.grain
             clash = self.of_another("write", grain, wave)
-            if words and clash.any() and self.grain >= 4:
-                clash &= self.words[offset + j >> 2] != words[j // 4]
+            if words and clash.any():
+                clash &= self.differs(offset, range(j, j + self.grain), words)
             if how != "add":
                 clash |= self.of_another("add", grain, wave)
             if how != "read":
@@ -92,6 +92,14 @@ class Lds:
                 raise Fault(f"{text}: a race in LDS between two barriers ({how})")
             self.mark(how, grain, wave)
             self.open.append((how, grain, wave, self.checks.lds_asked[wave] + 1))
+
+    def differs(self, offset: ndarray, part: range, words: list[ndarray]) -> ndarray:
+        """Where bytes of words are not what LDS holds already."""
+        found = np.zeros(offset.shape, bool)
+        for k in part:
+            octet = (words[k // 4] >> u32(8 * (k % 4))).astype(np.uint8)
+            found |= self.octets[offset + k] != octet
+        return found
 
     def of_another(self, how: str, grain: ndarray, wave: ndarray) -> ndarray:
         """Which grains another wave has accessed since the last barrier."""

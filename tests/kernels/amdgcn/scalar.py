@@ -114,7 +114,7 @@ def compile_scalar(w: Waves, inst: Instruction) -> Callable[[], None] | None:
         return _compare(w, inst)
     if name in ("s_movk_i32", "s_addk_i32", "s_mulk_i32"):
         return _with_constant(w, inst)
-    if name == "s_and_saveexec_b64":
+    if name in ("s_and_saveexec_b64", "s_or_saveexec_b64"):
         return _save_exec(w, inst)
     if not operands:
         return None
@@ -211,12 +211,12 @@ def _with_constant(w: Waves, inst: Instruction) -> Callable[[], None]:
 
 
 def _save_exec(w: Waves, inst: Instruction) -> Callable[[], None]:
-    to = inst.operands[0].first
+    to, is_and = inst.operands[0].first, inst.name == "s_and_saveexec_b64"
     get = bits64(w, inst.operands[1], scalar=True)
 
     def run() -> None:
         old = w.scalar64(EXEC)
-        new = get() & old
+        new = get() & old if is_and else get() | old
         w.put_scalar64(to, old)
         w.put_scalar64(EXEC, new)
         w.put_scc(new != 0)

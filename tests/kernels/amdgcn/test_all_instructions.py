@@ -33,6 +33,7 @@ def tested() -> set[str]:
             found |= {f"{kind}_load_{unsigned}{size}", f"{kind}_store_{size}"}
     found |= {f"v_{name}_dpp" for name in ("mov_b32", "add_u32", "add_f32")}
     found |= {f"s_load_dwordx{count}" for count in (2, 4, 8)} | {"s_load_dword"}
+    found |= {f"v_permlane{size}_swap_b32" for size in (16, 32)}
     return {without_encoding(name) for name in found}
 
 

@@ -198,6 +198,11 @@ for kind, orders in {
             COMPARISONS[f"{name} {to}, {sources}"] = compared(name)
 
 
+COMPARISONS["v_cmp_lt_i32_sdwa s[10:11], v0, v1 src0_sel:BYTE_0 src1_sel:DWORD"] = (
+    lambda x, y: x & 0xFF < signed(y)
+)
+
+
 def f32(fn: Callable[..., float]) -> Callable[..., int]:
     """A function of values that are float32, whose result is one."""
     names = list(inspect.signature(fn).parameters)
@@ -584,11 +589,18 @@ def test_lanes_to_scalars(dice: random.Random) -> None:
         assert (program.number(3), program.number(4)) == (x[first], x[63])
 
 
-def test_halves_change_places(dice: random.Random) -> None:
+@pytest.mark.parametrize("size", [16, 32])
+def test_rows_change_places(size: int, dice: random.Random) -> None:
+    """v_permlane16_swap_b32 and v_permlane32_swap_b32."""
     x, y = ([dice.getrandbits(32) for _ in LANES] for _ in "xy")
-    program = Program("v_permlane32_swap_b32_e32 v0, v1").vector(0, x, y).run()
-    assert program.lanes(0) == x[:32] + y[:32]
-    assert program.lanes(1) == x[32:] + y[32:]
+    name = f"v_permlane{size}_swap_b32_e32"
+    program = Program(f"{name} v0, v1").vector(0, x, y).run()
+    for start in range(0, 64, 2 * size):
+        x[start + size : start + 2 * size], y[start : start + size] = (
+            y[start : start + size],
+            x[start + size : start + 2 * size],
+        )
+    assert (program.lanes(0), program.lanes(1)) == (x, y)
 
 
 # Scalar instructions: s8 and s9, or s[8:9] and s[10:11], to s4 or s[4:5], with the
@@ -687,6 +699,10 @@ def test_exec_is_saved() -> None:
     program.vector(0, 0).scalar64(8, 0b110).exec(0b11).run()
     assert program.mask(4) == 0b11 and program.mask(126) == 0b10
     assert program.lanes(0)[:3] == [0, 1, 0] and program.w.scc[0]
+    program = Program("s_or_saveexec_b64 s[4:5], s[8:9]", "v_mov_b32_e32 v0, 1")
+    program.vector(0, 0).scalar64(8, 0b110).exec(0b10).run()
+    assert program.mask(4) == 0b10 and program.mask(126) == 0b110
+    assert program.lanes(0)[:3] == [0, 1, 1] and program.w.scc[0]
 
 
 @pytest.mark.parametrize(

@@ -391,6 +391,14 @@ def test_a_race_in_lds(first: str, second: str) -> None:
         two_waves(*more, "s_waitcnt lgkmcnt(2)", "s_barrier", second).run()
 
 
+def test_several_waves_may_write_one_value() -> None:
+    """In bytes too, as where a kernel has an access of one."""
+    for size in ("b32", "b8"):
+        program = two_waves(f"ds_write_{size} v0, v2", f"ds_write_{size} v1, v2")
+        program.machine.options.order = "backward"
+        program.vector(2, 7).run()
+
+
 def test_several_waves_may_add_and_read() -> None:
     two_waves("ds_add_u32 v0, v2", "ds_add_u32 v1, v2").run()
     two_waves("ds_read_b32 v3, v0", "ds_read_b32 v4, v1").run()

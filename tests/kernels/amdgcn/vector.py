@@ -217,8 +217,8 @@ def compile_vector(w: Waves, inst: Instruction) -> Run | None:
         return _mixed(w, inst)
     if name.startswith("v_bitop3_"):
         return _bit_operation(w, inst)
-    if name == "v_permlane32_swap_b32":
-        return _swap_halves(w, inst)
+    if name in ("v_permlane16_swap_b32", "v_permlane32_swap_b32"):
+        return _swap_rows(w, inst, 16 if "16" in name else 32)
     if name in WITH_CARRY:
         return _with_carry(w, inst)
     if name in APPROXIMATIONS:
@@ -397,10 +397,19 @@ def _compare(w: Waves, inst: Instruction) -> Run:
     how, kind = inst.base.split("_")[2:]
     kinds = {"f32": "f", "i32": "i", "u32": "u", "i64": "I", "u64": "U"}
     orders = {"o": False, "u": True}
-    if kind not in kinds or inst.modifiers or how not in COMPARISONS | orders:
+    parts = [inst.modifiers.get(f"src{i}_sel", "DWORD") for i in range(2)]
+    known = not set(inst.modifiers) - {"src0_sel", "src1_sel"}
+    if kind not in kinds or not known or how not in COMPARISONS | orders:
         return _unknown(inst)
     to = inst.operands[0].first
-    x, y = (_source(w, operand, kinds[kind]) for operand in inst.operands[1:])
+    x, y = (
+        _source(w, operand, kinds[kind])
+        if part == "DWORD"
+        else _view(_take(bits32(w, operand), *_part(part), False), kinds[kind])
+        for operand, part in zip(inst.operands[1:], parts, strict=True)
+    )
+    if any(operand.sign_extended for operand in inst.operands):
+        return _unknown(inst)
 
     def unordered() -> ndarray:
         return (np.isnan(x()) | np.isnan(y())) == orders[how]
@@ -568,16 +577,17 @@ def _bit_operation(w: Waves, inst: Instruction) -> Run:
     return run
 
 
-def _swap_halves(w: Waves, inst: Instruction) -> Run:
-    """The upper lanes of the first register change places with the lower ones of the
-    second."""
+def _swap_rows(w: Waves, inst: Instruction, size: int) -> Run:
+    """Odd rows, of so many lanes, of the first register change places with the even
+    ones of the second."""
     first, second = (operand.first for operand in inst.operands)
     if not all(operand.file == "v" for operand in inst.operands) or inst.modifiers:
         return _unknown(inst)
+    is_odd = LANE // size % 2 == 1
 
     def run() -> None:
         x, y = w.V[first].copy(), w.V[second].copy()
-        w.put(first, np.roll(y, 32, axis=1), LANE >= 32)
-        w.put(second, np.roll(x, 32, axis=1), LANE < 32)
+        w.put(first, np.roll(y, size, axis=1), is_odd)
+        w.put(second, np.roll(x, -size, axis=1), ~is_odd)
 
     return run
