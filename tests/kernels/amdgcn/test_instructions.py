@@ -203,18 +203,6 @@ COMPARISONS["v_cmp_lt_i32_sdwa s[10:11], v0, v1 src0_sel:BYTE_0 src1_sel:DWORD"]
 )
 
 
-def f32(fn: Callable[..., float]) -> Callable[..., int]:
-    """A function of values that are float32, whose result is one."""
-    names = list(inspect.signature(fn).parameters)
-
-    def of_bits(*args: int) -> int:
-        return r.bits(fn(*map(as_float, args)))
-
-    of_bits.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]
-    assert names
-    return of_bits
-
-
 def ldexp(x: int, y: int) -> int:
     value = as_float(x)
     if not math.isfinite(value) or value == 0:
