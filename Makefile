@@ -78,7 +78,7 @@ test: $(FORK_READY) ## run the tests that take minutes: docs/maintain/tests.md
 	$(BIN)/pytest $(PYTEST_FLAGS) -m "not slow"
 
 test-slow: $(FORK_READY) ## run the others: engines again and again, stress, fuzz
-	$(BIN)/pytest $(PYTEST_FLAGS) -m slow
+	$(BIN)/pytest $(PYTEST_FLAGS) -m "slow and not long"
 
 test-all: $(FORK_READY) ## run all tests
 	$(BIN)/pytest $(PYTEST_FLAGS)

@@ -77,6 +77,7 @@ def test_quick(arch: str, at_least: int, options: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("large", [False, True], ids=["", "large"])
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 def test_all(arch: str, large: bool) -> None:
@@ -85,6 +86,7 @@ def test_all(arch: str, large: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("order", ["forward", "backward"])
 def test_other_orders(order: str) -> None:
     """Waves one after another; what is approximate is off by a unit."""

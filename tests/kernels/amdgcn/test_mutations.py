@@ -14,6 +14,7 @@ from tests.kernels.utils import GPU
 pytestmark = [
     pytest.mark.needs_group("kernels"),
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(GPU, reason="runs on a CPU"),
 ]
 ROOT = Path(__file__).parents[3]
