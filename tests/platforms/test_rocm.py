@@ -142,7 +142,7 @@ def test_linear_layers_take_the_triton_kernel(quark_dict):
 
 
 @ON_ROCM
-@pytest.mark.needs_patch("0031")
+@pytest.mark.needs_group("kernels")
 @pytest.mark.usefixtures("_context")
 @pytest.mark.parametrize("num_tokens", [1, 5])
 def test_linear_layers_take_ours_where_that_is_asked_for(
