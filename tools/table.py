@@ -18,7 +18,7 @@ HEAD = """\
 # The patches
 
 A number is a patch's name for good, not its place: it is the same in every series. Each
-group applies with `fix` alone, and brings the patches of other groups that it needs.
+group needs `fix`, the patches in its column "needs", and nothing else of other groups.
 From 0.22.0 on vLLM holds the fix, and each group applies by itself. Take a group:
 [cherry-pick](../docs/guide/cherry-pick.md). Change one: [the rules for
 patches](../docs/maintain/patches.md).

@@ -202,6 +202,12 @@ def write_patches(tree: Path, release: Release) -> None:
             f"Make the edits in a tree of {own}, or give the release a series of its "
             "own (docs/maintain/new-release.md)."
         )
+    for stopped, name in (("rebase-apply", "am"), ("rebase-merge", "rebase")):
+        if (tree / ".git" / stopped).exists():
+            raise ForkError(
+                f"{tree}: `git {name}` stopped there, and not all of its commits are "
+                f"in. Go on with `git {name} --continue` or `git {name} --abort`."
+            )
     if changes := git("status", "--porcelain", cwd=tree).stdout:
         raise ForkError(
             f"{tree} has changes that no commit holds:\n{changes}Commit them first "

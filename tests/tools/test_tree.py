@@ -30,6 +30,7 @@ from tools.series import (
 from tools.table import TABLE, table
 from tools.tree import am, export, make_tree, write_patches
 from tools.upstream import (
+    ROOT,
     Release,
     extra_groups,
     holds_fix,
@@ -119,6 +120,20 @@ def test_make_tree_keeps_edits(exported: Release, tmp_path: Path, committed: boo
 def test_patches_need_a_tree(release: Release, tmp_path: Path):
     with pytest.raises(ForkError, match="does not exist; `make tree`"):
         write_patches(tmp_path / "nowhere", release)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("rebase-apply", "am"), ("rebase-merge", "rebase")]
+)
+def test_patches_of_a_tree_where_git_stopped(
+    exported: Release, tmp_path: Path, folder: str, name: str
+):
+    """`git am` leaves a clean tree behind, without the patch that did not apply."""
+    tree = tmp_path / "tree"
+    make_tree(tree, exported)
+    (tree / ".git" / folder).mkdir()
+    with pytest.raises(ForkError, match=f"`git {name}` stopped there"):
+        write_patches(tree, exported)
 
 
 def test_order_and_comments_survive(exported: Release, tmp_path: Path):
@@ -375,6 +390,17 @@ def test_a_patch_is_in_one_group_whatever_the_series():
             groups.setdefault(patch.number, set()).add(patch.group)
     assert all(len(found) == 1 for found in groups.values()), groups
     assert set(extra_groups()) < set().union(*groups.values())
+
+
+def test_patches_of_fix_and_correct_have_tests():
+    """Which fail without them: make test-mutants sees that they do."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    marks = [re.findall(r'needs_patch\("(\d{4})"\)', f.read_text()) for f in files]
+    for folder in series_folders():
+        for patch in read_series(folder):
+            # No test here runs on the vLLM of 0029: examples/fix_alone.py asks it.
+            if patch.group in (FIX, "correct") and patch.number != "0029":
+                assert patch.number in sum(marks, []), patch.name
 
 
 def test_the_table_is_what_the_patches_say():
