@@ -42,6 +42,7 @@ def without_encoding(name: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_instruction_is_tested() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.amdgcn.compiled"],
