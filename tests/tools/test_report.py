@@ -357,7 +357,7 @@ def test_without_a_gpu_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch)
 
 def test_make_says_so_before_it_builds():
     done = subprocess.run(
-        ["make", "report", "VLLM_TARGET_DEVICE=cpu"],
+        ["make", "--no-print-directory", "report", "VLLM_TARGET_DEVICE=cpu"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 NAME = re.compile(r"\b(?:s|v|ds|global|buffer)_[a-z]\w*[a-z0-9]\b")
 
 
-def tested() -> set[str]:
+def instructions_tested() -> set[str]:
     """Names in the sources of the tests and in their tables; forms of one operation
     that differ in their encoding alone, _e32 and _e64, count as one."""
     found: set[str] = set()
@@ -54,5 +54,5 @@ def test_every_instruction_is_tested() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     names = json.loads(done.stdout.splitlines()[-1])
     assert len(names) > 180
-    missing = {without_encoding(name) for name in names} - tested()
+    missing = {without_encoding(name) for name in names} - instructions_tested()
     assert not missing - {"s_endpgm"}
