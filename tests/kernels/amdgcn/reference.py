@@ -4,6 +4,7 @@ fractions and `struct`, and nothing of the machine."""
 
 import math
 import struct
+from collections.abc import Callable
 from fractions import Fraction
 
 MASK = 0xFFFFFFFF
@@ -55,29 +56,36 @@ def to_float32(value: Fraction, negative_zero: bool = False) -> int:
 
 def to_float16(x: int) -> int:
     """The bits of the float16 nearest to a float32."""
-    value = as_float(x)
-    if math.isnan(value):
-        return 0x7E00
-    sign = 0x8000 if is_negative(value) else 0
-    if math.isinf(value):
-        return sign | 0x7C00
-    nearest = rounded(Fraction(value), 11, -14, 16)
-    if nearest is None:
-        return sign | 0x7C00
-    return sign | struct.unpack("<H", struct.pack("<e", abs(float(nearest))))[0]
+    return _to_16_bits(x, 11, -14, 16, 0x7C00, lambda value: struct.pack("<e", value))
 
 
 def to_bfloat16(x: int) -> int:
+    """The bits of the bfloat16 nearest to a float32."""
+    upper_half = slice(2, 4)
+    return _to_16_bits(
+        x, 8, -126, 128, 0x7F80, lambda value: struct.pack("<f", value)[upper_half]
+    )
+
+
+def _to_16_bits(
+    x: int,
+    digits: int,
+    least: int,
+    most: int,
+    infinity: int,
+    pack: Callable[[float], bytes],
+) -> int:
+    """`digits`, `least`, `most`: as of `rounded`; `pack`: bytes of what is rounded."""
     value = as_float(x)
     if math.isnan(value):
-        return 0x7FC0
+        return infinity | 1 << (digits - 2)  # the fraction's first bit: a quiet NaN
     sign = 0x8000 if is_negative(value) else 0
     if math.isinf(value):
-        return sign | 0x7F80
-    nearest = rounded(Fraction(value), 8, -126, 128)
+        return sign | infinity
+    nearest = rounded(Fraction(value), digits, least, most)
     if nearest is None:
-        return sign | 0x7F80
-    return sign | struct.unpack("<I", struct.pack("<f", abs(float(nearest))))[0] >> 16
+        return sign | infinity
+    return sign | struct.unpack("<H", pack(abs(float(nearest))))[0]
 
 
 def bits(x: float) -> int:
