@@ -4,11 +4,13 @@
     python -m benchmarks.kernels.benchmark_int8_moe
 
 For each shape and number of tokens: upstream's `fused_experts` with its default tiles
-and with the best of a sweep, the two products alone of Humming (`humming-kernels`, if
-installed), and this project's layer, on random data, over several batches where weights
-would stay in the cache. The limit is the larger of the bytes that one pass over the
-routed experts' weights and the tokens must move, over the measured copy bandwidth, and
-the operations over the peak of the int8 tensor cores.
+and with the best of a sweep, two products alone of other kernels, and this project's
+layer, on random data, over several batches where weights would stay in the cache. The
+others are Humming (`humming-kernels`, if installed), int8 by int8, and DeepGEMM (the
+copy in vLLM's wheel for CUDA), FP8 by FP8: what one would pick on Hopper in place of
+INT8. The limit is the larger of the bytes that one pass over the routed experts'
+weights and the tokens must move, over the measured copy bandwidth, and the operations
+over the peak of the int8 tensor cores.
 
 Writes `<chip>/int8_moe.json` and a plot beside it. With --sweep it first sweeps
 upstream's tiles and writes the winners to the overlay's tuned configs, in upstream's
@@ -329,6 +331,74 @@ def humming_calls(shape: Shape, batches: list[Batch]) -> Calls | None:
         return None
 
 
+class DeepGemm:
+    """DeepGEMM's two grouped products of FP8 (e4m3): a scale for 128 x 128 weights and
+    for 128 inputs of a row. Neither SiLU nor quantization nor the sum is in it."""
+
+    BLOCK = 128
+
+    def __init__(self, shape: Shape) -> None:
+        from vllm.utils.deep_gemm import (
+            get_mk_alignment_for_contiguous_layout,
+            m_grouped_fp8_gemm_nt_contiguous,
+        )
+
+        self.product = m_grouped_fp8_gemm_nt_contiguous
+        self.alignment = get_mk_alignment_for_contiguous_layout()[0]
+        w13, w2 = (2 * shape.width, shape.hidden), (shape.hidden, shape.width)
+        self.weights = [
+            self.make_weights(shape.num_experts, *size) for size in (w13, w2)
+        ]
+
+    def make_weights(self, num_experts: int, n: int, k: int) -> tuple[Tensor, Tensor]:
+        """(E, n, k) in FP8, and scales (E, n / 128, k / 128) in float32, rounded up."""
+        device, blocks = runner.device(), [-(-size // self.BLOCK) for size in (n, k)]
+        w = torch.empty((num_experts, n, k), dtype=torch.float8_e4m3fn, device=device)
+        for expert in w:  # one at a time: torch draws no FP8
+            expert.copy_(torch.randn((n, k), device=device) * 50)  # e4m3 ends at 448
+        return w, torch.rand((num_experts, *blocks), device=device) + 0.5
+
+    def layout(self, batch: Batch, num_experts: int) -> Tensor:
+        """Each row's expert, int32; an expert has whole blocks of rows, or none."""
+        counts = batch.topk_ids.flatten().long().bincount(minlength=num_experts)
+        filled = (counts + self.alignment - 1) // self.alignment * self.alignment
+        experts = torch.arange(num_experts, dtype=torch.int32, device=counts.device)
+        return experts.repeat_interleave(filled)
+
+    def __call__(self, batch: Batch, num_experts: int) -> Callable[[], None]:
+        m_indices = self.layout(batch, num_experts)
+        num_rows, calls = len(m_indices), []
+        for w, scale in self.weights:
+            n, k = w.shape[1:]
+            x = torch.randn((num_rows, k), device=w.device).to(w.dtype)
+            # The kernel reads a block's scales of neighbouring rows at once.
+            x_scale = torch.rand((-(-k // self.BLOCK), num_rows), device=w.device).t()
+            out = batch.x.new_empty((num_rows, n))
+            calls.append(((x, x_scale + 0.5), (w, scale), out, m_indices))
+
+        def run() -> None:
+            for call in calls:
+                self.product(*call)
+
+        return run
+
+
+@lru_cache(maxsize=1)
+def make_deep_gemm(shape: Shape) -> DeepGemm | None:
+    try:
+        return DeepGemm(shape)
+    except Exception as error:  # not in this wheel, or not for this GPU
+        print(f"DeepGEMM: {runner.short(error)}")
+        return None
+
+
+def deep_gemm_calls(shape: Shape, batches: list[Batch]) -> Calls | None:
+    deep_gemm = make_deep_gemm(shape) if runner.on_gpu() else None
+    if deep_gemm is None:
+        return None
+    return [deep_gemm(batch, shape.num_experts) for batch in batches]
+
+
 def prepare(
     shape: Shape, num_tokens: int, routing: str, tuned: dict[int, Config]
 ) -> Timed:
@@ -341,6 +411,7 @@ def prepare(
             if config
             else None,
             "humming_products_us": humming_calls(shape, batches),
+            "deepgemm_products_us": deep_gemm_calls(shape, batches),
             "ours_us": [partial(modular, layer, b) for b in batches],
         },
         limit_us(shape, batches),
@@ -561,6 +632,7 @@ def panels(rows: list[Row]) -> list[Panel]:
                 ("stock_us", "stock"),
                 ("stock_tuned_us", "stock, tuned"),
                 ("humming_products_us", "Humming, products"),
+                ("deepgemm_products_us", "DeepGEMM FP8, products"),
             )
         ]
         found.append(Panel("{} x {}, hidden {}".format(*layer), lines))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.kernels import benchmark_int8_moe, runner
 from benchmarks.kernels.runner import Benchmark, Case, Timed
@@ -136,6 +137,71 @@ def test_wrong_tiles_have_no_speed(
 
 
 # The runner.
+
+
+FP8_SHAPE = benchmark_int8_moe.Shape(5, 160, 256, 2, "odd widths for blocks of 128")
+
+
+def fp8_product(call: Any) -> torch.Tensor:
+    """What DeepGEMM should make of a call's tensors, in float64."""
+    (x, x_scale), (w, w_scale), _, m_indices = call
+    n, k = w.shape[1:]
+    wide = w_scale.double().repeat_interleave(128, 1).repeat_interleave(128, 2)
+    weights = (w.double() * wide[:, :n, :k])[m_indices.long()]
+    inputs = x.double() * x_scale.double().repeat_interleave(128, 1)[:, :k]
+    return torch.einsum("mk,mnk->mn", inputs, weights)
+
+
+def deep_gemm_call(product: Any = None) -> list[Any]:
+    """The arguments of the two products of 37 tokens, in order; with the given one."""
+    deep_gemm = benchmark_int8_moe.DeepGemm(FP8_SHAPE)
+    calls, product = [], product or deep_gemm.product
+
+    def record(*call: Any) -> None:
+        product(*call)
+        calls.append(call)
+
+    deep_gemm.product = record
+    batch = benchmark_int8_moe.make_batch(FP8_SHAPE, 37, "zipf")
+    deep_gemm(batch, FP8_SHAPE.num_experts)()
+    counts = batch.topk_ids.flatten().bincount(minlength=FP8_SHAPE.num_experts)
+    return [counts, *calls]
+
+
+def test_deep_gemm_gets_rows_for_every_pair_in_blocks_of_one_expert(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    aligned = "vllm.utils.deep_gemm.get_mk_alignment_for_contiguous_layout"
+    monkeypatch.setattr(aligned, lambda: [128, 128])
+    counts, w13, w2 = deep_gemm_call(lambda *_: None)
+    for (x, x_scale), (w, w_scale), out, m_indices in (w13, w2):
+        filled = m_indices.bincount(minlength=len(counts))
+        assert (
+            (filled % 128 == 0) & (filled >= counts) & (filled < counts + 128)
+        ).all()
+        assert (m_indices.view(-1, 128) == m_indices[::128, None]).all()
+        assert (x.shape, out.shape) == (
+            (len(m_indices), w.shape[2]),
+            (len(x), w.shape[1]),
+        )
+        assert x_scale.stride() == (1, len(x)) and m_indices.dtype == torch.int32
+        assert w_scale.shape == (5, -(-w.shape[1] // 128), -(-w.shape[2] // 128))
+        for tensor in (x, w):  # random, both signs, no NaN
+            assert (
+                tensor.float().isfinite().all() and len(tensor.float().unique()) > 100
+            )
+    assert (w13[1][0].shape, w2[1][0].shape) == ((5, 320, 256), (5, 256, 160))
+
+
+@pytest.mark.gpu
+def test_deep_gemm_multiplies_what_it_is_given() -> None:
+    try:
+        _, *calls = deep_gemm_call()
+    except RuntimeError as error:
+        pytest.skip(f"no DeepGEMM for this GPU in this vLLM: {error}")
+    for call in calls:
+        expected = fp8_product(call)
+        assert (call[2] - expected).norm() < 0.01 * expected.norm()
 
 
 def no_panels(_: list[dict[str, Any]]) -> list[Panel]:
