@@ -18,6 +18,7 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.platforms import current_platform
 from vllm.utils.network_utils import get_open_port
 
@@ -63,6 +64,18 @@ WorkerProc.__init__ = load
 kwargs = {"ready_pipe": ready[1], "death_pipe": death[0]}
 context.Process(target=WorkerProc.worker_main, kwargs=kwargs).start()
 time.sleep(1000)
+"""
+# A queue whose other side never connects, shut down while it is waited for.
+NEVER_CONNECTED = """
+import sys
+from threading import Timer
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+queue = MessageQueue(n_reader=1, n_local_reader=1)
+if sys.argv[1] == "reader":
+    queue = MessageQueue.create_from_handle(queue.export_handle(), 0)
+Timer(2, queue.shutdown).start()
+queue.wait_until_ready()
 """
 SERVER_ENDS = "RuntimeError: The server ends: its engine died; see above."
 
@@ -196,3 +209,26 @@ def test_a_worker_that_loads_ends_after_its_engine() -> None:
     finally:
         if worker.is_running():
             worker.kill()
+
+
+@pytest.mark.needs_patch("0032")
+@pytest.mark.parametrize("waits", ["writer", "reader"])
+def test_waiting_for_a_dead_process_to_connect_ends(waits: str) -> None:
+    """As a start has to whose worker died: its monitor shuts the queue down."""
+    program = [sys.executable, "-c", NEVER_CONNECTED, waits]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=END_SECONDS)
+    assert run.returncode == 1
+    error = "RuntimeError: cancelled before all processes were connected"
+    assert error in run.stderr.splitlines()  # a warning of shared memory follows
+
+
+def test_processes_that_live_connect() -> None:
+    writer = MessageQueue(n_reader=1, n_local_reader=1)
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(reader.wait_until_ready)
+        time.sleep(1.5)  # longer than the wait goes without a look
+        writer.wait_until_ready()
+        waiting.result(END_SECONDS)
+    writer.enqueue("said")
+    assert reader.dequeue(timeout=END_SECONDS) == "said"
