@@ -7,7 +7,7 @@ Writes build/matrix.json, and docs/measured/matrix.md where all cells were run. 
 is the installed vLLM. FOLDER holds a stock build, to be put on PYTHONPATH. Without it,
 stock is built here: the base release plus the patches that a CPU needs, since the
 release itself cannot run Step-3.5 on a CPU. Exits with 1 where the fork answers
-garbage, or refuses a cell that it is to answer right.
+garbage or crashes, or refuses a cell that it is to answer right.
 """
 
 import argparse
@@ -49,8 +49,9 @@ BAR_EXACT_MATCH = 0.02  # so far below the reference's at most
 BAR_OVERLAP, BAR_OVERLAP_RANDOM = 0.97, 0.9  # for trained and for random weights
 BAR_DIFFERENCE = 0.1  # mean |d logprob| of the reference's 20 likeliest tokens
 
-Outcome = Literal["right", "garbage", "refused", "not run"]
-COLOURS = {"right": "green", "garbage": "red", "refused": "yellow", "not run": "dim"}
+Outcome = Literal["right", "garbage", "crashed", "refused", "not run"]
+COLOURS = {"right": "green", "garbage": "red", "crashed": "red"}
+COLOURS |= {"refused": "yellow", "not run": "dim"}
 
 console = Console()
 
@@ -67,11 +68,8 @@ def references(prompts: list[list[int]]) -> dict[str, Answers]:
 def judge(answers: Answers, reference: Answers) -> dict[str, Any]:
     """The outcome, and the figures or the error it rests on."""
     if "error" in answers:
-        loaded = answers["loaded"]
-        return {
-            "outcome": "garbage" if loaded else "refused",
-            "error": answers["error"],
-        }
+        outcome = "crashed" if answers["loaded"] else "refused"
+        return {"outcome": outcome, "error": answers["error"]}
     figures = compare(reference["logprobs"], answers)
     del figures["top1"]
     difference = figures["mean_abs_dlogprob"]
@@ -87,7 +85,7 @@ def judge(answers: Answers, reference: Answers) -> dict[str, Any]:
 
 
 def as_expected(cell: Cell, outcome: Outcome) -> bool:
-    """A cell that is to be refused may be answered right, but no cell wrong."""
+    """A cell that is to be refused may be answered right, but none wrong."""
     return outcome == "right" or outcome == cell.expected == "refused"
 
 
@@ -165,7 +163,8 @@ def markdown(rows: list[dict[str, Any]], heading: str) -> str:
         f"least {BAR_OVERLAP}, mean |d logprob| of them at most {BAR_DIFFERENCE}. The "
         "Qwen2-MoE has random weights and gives no sums: there the last two count, "
         f"with an overlap of at least {BAR_OVERLAP_RANDOM}.",
-        "- `refused`: loading ended with an error. `garbage`: the rest.",
+        "- `refused`: loading ended with an error. `crashed`: the first question did. "
+        "`garbage`: the rest.",
         "- Figures are the fork's.",
         "",
         "| cell | what varies | made by | stock | fork | right answers "

@@ -280,7 +280,7 @@ def test_random_models_are_judged_by_logprobs_alone(answers: tuple[dict, dict]):
     assert found["outcome"] == "right" and "exact_match" not in found
 
 
-@pytest.mark.parametrize(("loaded", "outcome"), [(False, "refused"), (True, "garbage")])
+@pytest.mark.parametrize(("loaded", "outcome"), [(False, "refused"), (True, "crashed")])
 def test_an_error_refuses_only_while_loading(loaded: bool, outcome: str):
     found = matrix.judge({"error": "no", "loaded": loaded}, {})
     assert found == {"outcome": outcome, "error": "no"}
@@ -295,6 +295,7 @@ def test_an_error_refuses_only_while_loading(loaded: bool, outcome: str):
         ("refused", "refused", True),
         ("refused", "right", True),
         ("refused", "garbage", False),
+        ("refused", "crashed", False),
     ],
 )
 def test_as_expected(expected: str, outcome: str, fine: bool):
