@@ -185,10 +185,11 @@ $(FORK_READY): $(WHEEL) requirements-$(VLLM_TARGET_DEVICE).txt
 	@# Two builds may have one version, and pip leaves a version that it has already.
 	$(BIN)/python -m pip uninstall --yes vllm
 	$(BIN)/python -m pip install $(REQUIREMENTS) --group test "$$(cat $(WHEEL))"
-	@# The index's torchvision does not load beside a CPU build of torch, and then neither
-	@# does Transformers. vLLM runs without it, but reads no pictures and no sound.
-	@test $(VLLM_TARGET_DEVICE) != cpu || $(BIN)/python -c "import torchvision" 2>/dev/null \
-	    || $(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@# The index's torchvision and torchaudio may not load beside this torch, and then neither
+	@# does Transformers. vLLM runs without them, but reads no pictures and no sound.
+	@test $(VLLM_TARGET_DEVICE) != cpu || for package in torchvision torchaudio torchcodec; do \
+	    $(BIN)/python -c "import $$package" 2>/dev/null \
+	        || $(BIN)/python -m pip uninstall -y $$package; done
 	@rm -f $(VENV)/.fork-* && touch $@
 
 $(LINT_READY): $(FORK_READY)
