@@ -211,7 +211,6 @@ def test_a_worker_that_loads_ends_after_its_engine() -> None:
             worker.kill()
 
 
-@pytest.mark.needs_patch("0032")
 @pytest.mark.parametrize("waits", ["writer", "reader"])
 def test_waiting_for_a_dead_process_to_connect_ends(waits: str) -> None:
     """As a start has to whose worker died: its monitor shuts the queue down."""
