@@ -72,6 +72,9 @@ CONFIG: dict[str, Any] = {
     "moe_intermediate_size": WIDTH,
     "share_expert_dim": WIDTH,
     "moe_router_activation": "sigmoid",
+    "use_moe_router_bias": True,
+    "need_fp32_gate": True,
+    "norm_expert_weight": True,
 }
 
 

@@ -125,15 +125,12 @@ def kill_while_serving(server: Server, title: str) -> None:
     server.wait_until_ready()
     assert_right(server)
     # So many choices that they take longer than the busiest machine needs to kill.
-    long = {"max_tokens": MAX_MODEL_LEN - 8, "ignore_eos": True}
-    long |= {"n": NUM_CHOICES, "temperature": 1}
+    long = {"max_tokens": MAX_MODEL_LEN - 8, "ignore_eos": True, "temperature": 1}
     with ThreadPoolExecutor() as pool:
-        whole = pool.submit(post, server, **long)
+        whole = pool.submit(post, server, **long, n=NUM_CHOICES)
+        server.wait_until(lambda: in_flight(server) > 0, "busy", ANSWER_SECONDS)
         with post(server, **long, stream=True) as stream:
             assert stream.readline().startswith(b"data: ")
-            server.wait_until(
-                lambda: in_flight(server) > NUM_CHOICES, "busy", ANSWER_SECONDS
-            )
             kill(server, title)
             rest = stream.read().decode()
         with pytest.raises(HTTPError) as refused:
