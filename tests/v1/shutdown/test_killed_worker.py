@@ -52,6 +52,7 @@ LOADS_FOR_EVER = """
 import multiprocessing
 import os
 import time
+from vllm.config import VllmConfig
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
 def load(*args, **kwargs):
@@ -61,9 +62,10 @@ def load(*args, **kwargs):
 context = multiprocessing.get_context("fork")
 ready, death = context.Pipe(duplex=False), context.Pipe(duplex=False)
 WorkerProc.__init__ = load
-kwargs = {"ready_pipe": ready[1], "death_pipe": death[0]}
-context.Process(target=WorkerProc.worker_main, kwargs=kwargs).start()
-time.sleep(1000)
+kwargs = {"ready_pipe": ready[1], "death_pipe": death[0], "vllm_config": VllmConfig()}
+worker = context.Process(target=WorkerProc.worker_main, kwargs=kwargs)
+worker.start()
+worker.join()
 """
 # A queue whose other side never connects, shut down while it is waited for.
 NEVER_CONNECTED = """
