@@ -20,7 +20,10 @@ _WITH_CARRY = {
     "v_div_scale_f32",
 }
 _ADDS_64 = {"v_mad_u64_u32", "v_mad_i64_i32", "v_lshl_add_u64"}
-_NO_RESULT = ("global_store", "buffer_store", "ds_write", "ds_add", "s_cmp")
+_NO_RESULT = (
+    *("global_store", "buffer_store", "ds_write", "ds_add"),
+    *("s_cmp", "s_bitcmp"),
+)
 _NO_REGISTERS = (
     "s_waitcnt",
     "s_nop",
@@ -36,7 +39,8 @@ def _halves(inst: Instruction) -> list[Operand]:
     read = []
     for i, operand in enumerate(inst.operands[1:]):
         chosen = set()
-        for name, default in (("op_sel", 0), ("op_sel_hi", 1)):
+        selects = [("op_sel", 0), ("op_sel_hi", 1)]
+        for name, default in selects[: 1 if inst.base == "v_pk_mov_b32" else 2]:
             given = inst.modifiers.get(name)
             chosen.add(int(given.strip("[]").split(",")[i]) if given else default)
         if operand.file != "c":

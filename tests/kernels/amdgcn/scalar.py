@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from tests.kernels.amdgcn.arithmetic import extract, i32, i64, u32, u64
+from tests.kernels.amdgcn.arithmetic import (
+    extract,
+    extract_signed,
+    i32,
+    i64,
+    u32,
+    u64,
+)
 from tests.kernels.amdgcn.code import EXEC, Instruction
 from tests.kernels.amdgcn.waves import Fault, Waves, bits32, bits64
 
@@ -36,6 +43,16 @@ def _add(a: Any, b: Any, carry: Any = False) -> Result:
     total = np.asarray(a).astype(u64) + np.asarray(b).astype(u64)
     total = total + np.asarray(carry).astype(u64)
     return total.astype(u32), total >> u64(32) != 0
+
+
+def _shift_and_add(bits: int) -> Callable[[Any, Any], Result]:
+    """What is shifted out counts for the carry: S_LSHL1_ADD_U32 and its like."""
+
+    def fn(a: Any, b: Any) -> Result:
+        total = (np.asarray(a).astype(u64) << u64(bits)) + np.asarray(b).astype(u64)
+        return total.astype(u32), total >> u64(32) != 0
+
+    return fn
 
 
 def _add_signed(a: Any, b: Any) -> Result:
@@ -65,6 +82,7 @@ LOGIC: dict[str, Callable[..., Any]] = {
     "s_lshr_b32": lambda a, b: a >> (b & u32(31)),
     "s_ashr_i32": lambda a, b: (_signed(a) >> _signed(b & u32(31))).view(u32),
     "s_bfe_u32": lambda a, b: extract(a, b, b >> u32(16)),
+    "s_bfe_i32": lambda a, b: extract_signed(a, b, b >> u32(16)).view(u32),
     "s_abs_i32": lambda a: np.abs(_signed(a)).view(u32),
     "s_not_b32": operator.invert,
 }
@@ -102,7 +120,7 @@ ARITHMETIC: dict[str, Callable[..., Result]] = {
     ),
     "s_pack_ll_b32_b16": lambda a, b: (a & u32(0xFFFF) | b << u32(16), None),
     "s_mov_b32": lambda a: (a, None),
-    "s_lshl2_add_u32": lambda a, b: _add(a << u32(2), b),
+    **{f"s_lshl{n}_add_u32": _shift_and_add(n) for n in (1, 2, 3, 4)},
 }
 
 
@@ -112,6 +130,8 @@ def compile_scalar(w: Waves, inst: Instruction) -> Callable[[], None] | None:
     operands = inst.operands
     if name.startswith(("s_cmp_", "s_cmpk_")):
         return _compare(w, inst)
+    if name in ("s_bitcmp0_b32", "s_bitcmp1_b32"):
+        return _compare_bit(w, inst)
     if name in ("s_movk_i32", "s_addk_i32", "s_mulk_i32"):
         return _with_constant(w, inst)
     if name in ("s_and_saveexec_b64", "s_or_saveexec_b64"):
@@ -173,6 +193,16 @@ def _sixteen_bits(value: int, signed: bool) -> np.uint32:
     """A constant of 16 bits, which the assembler writes with or without its sign."""
     value &= 0xFFFF
     return u32((value - 0x10000 if signed and value & 0x8000 else value) & 0xFFFFFFFF)
+
+
+def _compare_bit(w: Waves, inst: Instruction) -> Callable[[], None]:
+    value, bit = (bits32(w, operand, scalar=True) for operand in inst.operands)
+    wanted = u32(inst.name == "s_bitcmp1_b32")
+
+    def run() -> None:
+        w.put_scc(value() >> (bit() & u32(31)) & u32(1) == wanted)
+
+    return run
 
 
 def _compare(w: Waves, inst: Instruction) -> Callable[[], None]:

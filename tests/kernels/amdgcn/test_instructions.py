@@ -451,6 +451,18 @@ def test_div_scale(which: str) -> None:
         assert program.mask() == (FULL if flag else 0), (n, d)
 
 
+@pytest.mark.parametrize("low", [0, 1])
+@pytest.mark.parametrize("high", [0, 1])
+def test_packed_moves(low: int, high: int, dice: random.Random) -> None:
+    """In place too, where the first move would change what the second reads."""
+    values = [[number(dice, False) for _ in LANES] for _ in range(4)]
+    for to in (10, 0, 2):
+        text = f"v_pk_mov_b32 v[{to}:{to + 1}], v[0:1], v[2:3] op_sel:[{low},{high}]"
+        program = Program(text).vector(0, *values).run()
+        assert program.lanes(to) == values[low]
+        assert program.lanes(to + 1) == values[2 + high]
+
+
 @pytest.mark.parametrize(
     ("text", "fn", "sources"),
     [
@@ -630,6 +642,14 @@ SCALAR: dict[str, Callable[..., Any]] = {
     "s_ashr_i32 s4, s8, s9": lambda x, y: scc(signed(x) >> y % 32),
     "s_bfe_u32 s4, s8, 0x10010": lambda x: scc(x >> 16 & 1),
     "s_bfe_u32 s4, s8, 0x70003": lambda x: scc(x >> 3 & 127),
+    "s_bfe_i32 s4, s8, 0x10007": lambda x: scc(-(x >> 7 & 1)),
+    "s_bfe_i32 s4, s8, 0x70003": lambda x: scc(
+        (x >> 3 & 127) - (128 if x >> 9 & 1 else 0)
+    ),
+    "s_lshl1_add_u32 s4, s8, s9": lambda x, y: (2 * x + y, 2 * x + y > MASK),
+    "s_lshl2_add_u32 s4, s8, s9": lambda x, y: (4 * x + y, 4 * x + y > MASK),
+    "s_lshl3_add_u32 s4, s8, s9": lambda x, y: (8 * x + y, 8 * x + y > MASK),
+    "s_lshl4_add_u32 s4, s8, s9": lambda x, y: (16 * x + y, 16 * x + y > MASK),
     "s_pack_ll_b32_b16 s4, s8, s9": lambda x, y: x & U16 | (y & U16) << 16,
     "s_cselect_b32 s4, s8, s9": lambda x, y, c: x if c else y,
     "s_mov_b64 s[4:5], s[8:9]": lambda X: X,
@@ -643,6 +663,8 @@ SCALAR: dict[str, Callable[..., Any]] = {
     "s_cselect_b64 s[4:5], s[8:9], s[10:11]": lambda X, Y, c: X if c else Y,
 }
 SCALAR_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+    "s_bitcmp0_b32 s8, s9": lambda x, y: not x >> y % 32 & 1,
+    "s_bitcmp1_b32 s8, s9": lambda x, y: x >> y % 32 & 1,
     "s_cmp_eq_u32 s8, s9": lambda x, y: x == y,
     "s_cmp_lg_u32 s8, s9": lambda x, y: x != y,
     "s_cmp_ge_u32 s8, s9": lambda x, y: x >= y,

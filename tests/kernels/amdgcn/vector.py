@@ -213,6 +213,8 @@ def compile_vector(w: Waves, inst: Instruction) -> Run | None:
         return _read_lane(w, inst)
     if name in PACKED:
         return _packed(w, inst)
+    if name == "v_pk_mov_b32":
+        return _packed_move(w, inst)
     if name.startswith("v_fma_mix"):
         return _mixed(w, inst)
     if name.startswith("v_bitop3_"):
@@ -516,6 +518,26 @@ def _packed(w: Waves, inst: Instruction) -> Run:
 
     def run() -> None:
         first, second = (a.bits(fn(*[get() for get in gets])) for gets in (low, high))
+        w.put(to, first)
+        w.put(to + 1, second)
+
+    return run
+
+
+def _packed_move(w: Waves, inst: Instruction) -> Run:
+    """The first register from the first source, the second from the second: op_sel says
+    which of a source's two. V_PK_MOV_B32 heeds no op_sel_hi."""
+    if set(inst.modifiers) - {"op_sel", "op_sel_hi"}:
+        return _unknown(inst)
+    to, gets = inst.operands[0].first, []
+    flags = _flags(inst, "op_sel", 0)
+    for operand, index in zip(inst.operands[1:], flags, strict=True):
+        if operand.file != "c":
+            operand = Operand(operand.text, operand.file, operand.first + index, 1)
+        gets.append(bits32(w, operand))
+
+    def run() -> None:
+        first, second = (np.copy(get()) for get in gets)
         w.put(to, first)
         w.put(to + 1, second)
 
