@@ -17,14 +17,24 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+
+# From 0.23.0 a vLLM for CPUs drops a Triton without a back end of that name.
+_NOTHING = SimpleNamespace(
+    is_active=lambda: False, supports_target=lambda target: False
+)
+backends.setdefault("cpu", SimpleNamespace(driver=_NOTHING, compiler=_NOTHING))
+
+# ruff: noqa: E402
 from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
 from vllm.model_executor.layers.fused_moe.experts.quark_int8 import (
     few_kernels,

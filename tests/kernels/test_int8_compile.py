@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 pytestmark = pytest.mark.needs_group("kernels")
 
@@ -29,7 +30,7 @@ SPILLS = {
     for target in ("sm_80", "sm_89")
 }
 # Of Gluon's w13 with a bias per channel, once a tile, between two products.
-BIAS_SPILLS = 424
+BIAS_SPILLS = {"3.6": 424, "3.7": 448}[".".join(triton.__version__.split(".")[:2])]
 # Triton takes Ampere's instruction on Blackwell as well: no int8 of tcgen05's.
 _MMA_S8 = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
 PRODUCT = {

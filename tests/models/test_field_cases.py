@@ -16,11 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.kernels.linear import _POSSIBLE_FP8_KERNELS
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.quark.load_checks import checks, files
+from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
+from vllm.platforms.interface import PlatformEnum
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.fixtures.families import BY_NAME, make_export
@@ -206,6 +209,9 @@ def with_adapter(folder: Path, tensors: Tensors) -> None:
 GATES = ("model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
 LEFT = "tensor-not-taken"
 NAMELESS = "exclude-names-nothing"
+# Newer releases map the names of these scales before a model's loader sees them.
+TAKES_CACHE_SCALES = hasattr(QuarkConfig, "get_cache_scale_mapper")
+
 CASES = {
     "hybrid attention: conv1d": Case("qwen3-next--by-name"),
     "hybrid attention: router by glob": Case(
@@ -242,7 +248,7 @@ CASES = {
     "loader that makes tensors": Case("llama4--by-name"),
     "FP8 key/value cache": Case("llama--by-name", cache_scales),
     "FP8 key/value cache, names that are skipped": Case(
-        STACKED, cache_scales, warns=(LEFT,)
+        STACKED, cache_scales, warns=() if TAKES_CACHE_SCALES else (LEFT,)
     ),
     "gate of heads by glob": Case(
         STACKED, exclude("*g_proj"), floats=("model.layers.2.self_attn.g_proj",)
@@ -289,12 +295,16 @@ CASES = {
     ),
     "stacked experts that the loader splits": Case(
         "granitemoe--by-name",
-        refused=r"GraniteMoeForCausalLM takes, found KeyError: .*input_linear",
+        refused=r"input_linear.* GraniteMoeForCausalLM takes, found .*"
+        r"(KeyError|There is no module or parameter)|"
+        r"GraniteMoeForCausalLM takes, found KeyError: .*input_linear",
     ),
     "FP8 attention on a CPU": Case(
         "llama--by-name",
         fp8_attention,
-        refused=r"layers.0.self_attn.qkv_proj: .* for on cpu, found weight fp8_e4m3",
+        refused=""
+        if PlatformEnum.CPU in _POSSIBLE_FP8_KERNELS
+        else r"layers.0.self_attn.qkv_proj: .* for on cpu, found weight fp8_e4m3",
     ),
     "unknown architecture": Case(
         "gemma3-text--by-name",
@@ -331,12 +341,16 @@ def test_field_case(name, tmp_path, warnings, monkeypatch):
         pytest.skip("needs a vLLM built for CPUs")
     for key, value in case.env.items():
         monkeypatch.setenv(key, value)
+    if case.export.startswith("llama4"):
+        pytest.importorskip("torchvision", reason="Llama 4's processor wants it")
     folder = case.write(tmp_path / "export")
     if case.refused:
         with pytest.raises((ValueError, NotImplementedError), match=case.refused):
             load(folder)
         return
     model = load(folder)
+    if any("(architecture-of-transformers)" in warning for warning in warnings):
+        pytest.skip("needs the architecture, which this release of vLLM dropped")
     for kind in case.warns:
         assert any(f"({kind})" in warning for warning in warnings), kind
     assert len(warnings) == len(case.warns), warnings
