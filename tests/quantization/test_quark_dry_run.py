@@ -6,9 +6,11 @@ import fnmatch
 import inspect
 import json
 import random
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,12 +45,14 @@ from vllm.model_executor.layers.quantization.quark.quark_check.releases import (
 )
 from vllm.model_executor.layers.quantization.quark.quark_check.stock import StockConfig
 from vllm.model_executor.layers.quantization.quark.quark_check.verdicts import judge
+from vllm.model_executor.models.registry import _VLLM_MODELS
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 from tests.fixtures.cells import CELLS
 from tests.fixtures.families import BY_NAME, FAMILIES, make_export
 from tests.fuzz.mutations import mutate
+from tests.moe_layers import plain_name
 from tools.errors import ForkError
 from tools.fix import QUARK
 from tools.peek import sources
@@ -66,6 +70,8 @@ FAMILY_EXPORTS = (
     "gemma3--by-glob",
     "granitemoe--by-name",
 )
+# Newer releases have it, and serve such a model on a CPU.
+CPU_MLA = "vllm.v1.attention.backends.mla.cpu_mla"
 UNKNOWN, LOST = "unknown architecture", "scale-missing"
 SEEDS = range(60)
 
@@ -118,9 +124,18 @@ def said(folders: dict[str, Path]) -> dict[str, DryRun]:
     return dict(zip(folders, dry_run(questions, 600), strict=True))
 
 
+def skip_what_is_lacking(key: str) -> None:
+    family = BY_NAME.get(key.partition("--")[0])
+    if family and family.processor:
+        pytest.importorskip("torchvision", reason="its processor of pictures wants it")
+    if family and _VLLM_MODELS[family.architecture][0] == "transformers":
+        pytest.skip(f"needs {family.architecture}, which this vLLM has no more")
+
+
 @pytest.mark.parametrize("key", [STEP, QWEN, *FAMILY_EXPORTS])
 def test_every_tensor_has_its_place(key, folders, said):
     """The model takes them all, but for other models' and those of pictures."""
+    skip_what_is_lacking(key)
     looked = said[key].structure
     assert (said[key].failed, looked.stage, looked.error) == ("", "", "")
     tensors = read_checkpoint(folders[key])
@@ -137,6 +152,12 @@ def test_every_tensor_has_its_place(key, folders, said):
     assert not looked.unfilled
 
 
+def plain(modules: Mapping[str, Any]) -> dict[str, Any]:
+    """By name; where a layer of experts is two modules, the one with the weights."""
+    left = {n: m for n, m in modules.items() if f"{n}.routed_experts" not in modules}
+    return {plain_name(name): module for name, module in left.items()}
+
+
 def test_what_modules_are(said):
     looked = said[STEP].structure
     layer = "model.layers.3"
@@ -146,7 +167,7 @@ def test_what_modules_are(said):
     assert looked.taken[f"{layer}.self_attn.k_proj.weight"] == (
         f"{layer}.self_attn.qkv_proj.weight",
     )
-    experts = looked.modules[f"{layer}.moe.experts"]
+    experts = plain(looked.modules)[f"{layer}.moe.experts"]
     assert (experts.kind, experts.num_experts) == ("experts", 16)
     assert looked.modules["lm_head"].kind == "head"
     assert looked.modules["model.embed_tokens"].kind == "embedding"
@@ -155,7 +176,7 @@ def test_what_modules_are(said):
 
 
 def test_how_modules_are_quantized(said):
-    modules = said[STEP].engine.modules
+    modules = plain(said[STEP].engine.modules)
     attention = modules["model.layers.3.self_attn.qkv_proj"]
     assert (attention.method, attention.scheme) == (
         "QuarkLinearMethod",
@@ -189,7 +210,8 @@ def test_tensors_that_a_loader_makes_anew_are_followed(said):
     not current_platform.is_cpu(), reason="needs a vLLM built for CPUs: GPUs have MLA"
 )
 def test_what_the_platform_lacks_is_told(said):
-    assert any("MLA" in each for each in said["deepseek-v3--mtp-int8"].structure.lacks)
+    lacks = any("MLA" in each for each in said["deepseek-v3--mtp-int8"].structure.lacks)
+    assert lacks != (find_spec(CPU_MLA) is not None)
     assert not said[STEP].structure.lacks
 
 
@@ -197,7 +219,8 @@ def test_how_far_a_model_got(said):
     assert said[UNKNOWN].structure.stage and said[UNKNOWN].structure.error
     granite = said["granitemoe--by-name"]
     assert granite.structure.stage == ""
-    assert granite.engine.stage == "load" and "KeyError" in granite.engine.error
+    assert granite.engine.stage == "load"
+    assert re.search("KeyError|no module or parameter", granite.engine.error)
 
 
 def test_a_process_that_does_not_answer(tmp_path: Path):
@@ -216,20 +239,25 @@ def test_a_process_that_does_not_answer(tmp_path: Path):
 def test_the_file_tells_what_the_model_tells(key, folders, said):
     """Of exports that it was not made from, too: each tensor's place, and what each
     layer asks."""
+    skip_what_is_lacking(key)
     checkpoint = open_checkpoint(folders[key])
     alone, asked = know(checkpoint), know(checkpoint, said[key])
     assert alone and asked and alone.structure and asked.structure
     assert not alone.structure.is_derived and asked.structure.is_derived
     told = dict(alone.structure.places)
     for name, place in asked.structure.places.items():
-        expected = place and (place.module, place.kind, place.asked is not None)
+        module = place and plain_name(place.module)
+        expected = place and (module, place.kind, place.asked is not None)
         assert name in told
         found = told.pop(name)
         shown = found and (found.module, found.kind, found.asked is not None)
         assert shown == expected, name
     assert not told
     decided = [
-        {prefix: layer.config is not None for prefix, (_, layer) in each.layers.items()}
+        {
+            plain_name(prefix): layer.config is not None
+            for prefix, (_, layer) in each.layers.items()
+        }
         for each in (alone, asked)
     ]
     assert decided[0] == decided[1]
@@ -407,6 +435,8 @@ MEASURED = json.loads((ROOT / "docs/results/families-h200.json").read_text())["r
 def test_verdicts_are_what_was_measured(row, tmp_path, monkeypatch):
     """On an H200, of stock 0.20.2 and of this fork, with Quark's own excludes."""
     family = BY_NAME[row["family"]]
+    if family.processor:
+        pytest.importorskip("torchvision", reason="its processor of pictures wants it")
     for name, value in family.env.items():
         monkeypatch.setenv(name, value)
     told = outcomes(make_export(family, row["export"]).write(tmp_path / "x"), None)
