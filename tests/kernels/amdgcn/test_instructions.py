@@ -664,7 +664,7 @@ SCALAR: dict[str, Callable[..., Any]] = {
 }
 SCALAR_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     "s_bitcmp0_b32 s8, s9": lambda x, y: not x >> y % 32 & 1,
-    "s_bitcmp1_b32 s8, s9": lambda x, y: x >> y % 32 & 1,
+    "s_bitcmp1_b32 s8, s9": lambda x, y: bool(x >> y % 32 & 1),
     "s_cmp_eq_u32 s8, s9": lambda x, y: x == y,
     "s_cmp_lg_u32 s8, s9": lambda x, y: x != y,
     "s_cmp_ge_u32 s8, s9": lambda x, y: x >= y,
