@@ -23,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.experts.triton_int8_moe import (
 )
 from vllm.model_executor.warmup import int8_warmup, kernel_warmup
 from vllm.model_executor.warmup.int8_warmup import Layer, warmup_sizes
+from vllm.platforms import current_platform
 
 from tests.kernels.compile_int8 import run_experts
 from tests.kernels.moe.utils import make_moe_config
@@ -188,8 +189,8 @@ def test_leaves_other_models_alone(moe_model: nn.Module) -> None:
 def test_upstreams_warmup_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patch 0024, before CUDA graphs are captured."""
 
-    if Version(version("vllm")) >= Version("0.24"):
-        pytest.importorskip("torchvision", reason="upstream's warmup imports it there")
+    if Version(version("vllm")) >= Version("0.24") and current_platform.is_cpu():
+        pytest.skip("needs a vLLM built for GPUs: newer releases' warmup asks its ops")
 
     class Asked(Exception):
         pass
