@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tools.repack import RECORD_OF_BUILD
+from tools.series import read_series
+from tools.upstream import release
 
 pytestmark = pytest.mark.needs_group("checks")
 
@@ -77,5 +79,8 @@ def test_the_command_tells_of_the_installed_fork():
     assert said.returncode == 0, said.stderr
     told = json.loads(said.stdout[said.stdout.index("{") :])
     assert told["version"] == distribution("vllm").version
-    assert "checks" in told["groups"]  # whose command it is
-    assert "0014" in {patch["number"] for patch in told["patches"]}
+    series = read_series(release(told["version"].partition("+")[0]).series)
+    built = [patch for patch in series if patch.group in told["groups"]]
+    assert {patch.group for patch in built} == set(told["groups"])
+    assert {"fix", "checks"} & {patch.group for patch in series} <= set(told["groups"])
+    assert [p["number"] for p in told["patches"]] == [patch.number for patch in built]

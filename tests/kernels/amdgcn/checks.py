@@ -39,8 +39,10 @@ def _halves(inst: Instruction) -> list[Operand]:
     read = []
     for i, operand in enumerate(inst.operands[1:]):
         chosen = set()
-        selects = [("op_sel", 0), ("op_sel_hi", 1)]
-        for name, default in selects[: 1 if inst.base == "v_pk_mov_b32" else 2]:
+        selects = {"op_sel": 0}
+        if inst.base != "v_pk_mov_b32":
+            selects["op_sel_hi"] = 1
+        for name, default in selects.items():
             given = inst.modifiers.get(name)
             chosen.add(int(given.strip("[]").split(",")[i]) if given else default)
         if operand.file != "c":
