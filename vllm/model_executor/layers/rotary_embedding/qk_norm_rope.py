@@ -18,6 +18,7 @@ from vllm.model_executor.kernels.int8_triton import (
 from vllm.model_executor.kernels.quark_int8_ops import register_op
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import cdiv
 
 _HEADS_A_PROGRAM, _NUM_WARPS = 16, 4
 
@@ -173,8 +174,8 @@ def qk_norm_rope(
         return q, k
     head_dim = q.shape[1] // num_heads
     rotary_dim = cos_sin_cache.shape[1]
-    blocks = triton.cdiv(num_heads, _HEADS_A_PROGRAM)
-    blocks += triton.cdiv(num_kv_heads, _HEADS_A_PROGRAM)
+    blocks = cdiv(num_heads, _HEADS_A_PROGRAM)
+    blocks += cdiv(num_kv_heads, _HEADS_A_PROGRAM)
     launch(
         qk_norm_rope_kernel,
         (num_tokens, blocks),

@@ -35,6 +35,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.triton import (
 )
 from vllm.model_executor.kernels.quark_int8_ops import register_op
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase
@@ -175,7 +176,7 @@ def choose_tiles(num_tokens: int, num_rows: int, num_columns: int) -> Tiles | No
     is_large = num_rows * num_columns > _LARGE_BYTES
     if not 0 < num_tokens <= MOST_TOKENS[0 if is_large else 1]:
         return None
-    words = triton.next_power_of_2(num_columns) // 4
+    words = next_power_of_2(num_columns) // 4
     if words > _WORDS or num_columns % 16:
         return None
     if words <= 1024:
@@ -197,7 +198,7 @@ def run_int8_linear(
     num_rows = weight.shape[0]
     out = x.new_empty(num_tokens, num_rows)
     most = tiles.ctas_per_sm * num_sms(x) // num_tokens
-    programs = min(triton.cdiv(num_rows, tiles.block_size_n), max(1, most))
+    programs = min(cdiv(num_rows, tiles.block_size_n), max(1, most))
     launch(
         int8_linear_kernel,
         (programs, num_tokens),
@@ -213,7 +214,7 @@ def run_int8_linear(
         num_columns,
         HEAD_DIM=0 if gate is None else num_columns // gate.shape[1],
         BLOCK_SIZE_N=tiles.block_size_n,
-        BLOCK_SIZE_K=triton.next_power_of_2(num_columns) // 4,
+        BLOCK_SIZE_K=next_power_of_2(num_columns) // 4,
         STATIC=input_scale is not None,
         PER_CHANNEL=weight_scale.numel() != 1,
         HAS_BIAS=bias is not None,
@@ -242,7 +243,7 @@ def run_gate_and_quantize(
         scale,
         num_columns,
         HEAD_DIM=num_columns // gate.shape[1],
-        BLOCK_SIZE_K=triton.next_power_of_2(num_columns) // 4,
+        BLOCK_SIZE_K=next_power_of_2(num_columns) // 4,
         STATIC=input_scale is not None,
         num_warps=8,
     )

@@ -19,6 +19,7 @@ from vllm.model_executor.kernels.int8_triton import (
 )
 from vllm.model_executor.kernels.quark_int8_ops import register_op
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
 # Numbers of experts that are no power of two, but known to upstream's fast kernel.
 _KNOWN_TO_UPSTREAM = (192, 320, 384, 448, 576)
@@ -272,19 +273,19 @@ def run_product(
     num_tokens, hidden_size = x.shape
     num_experts = weight.shape[0]
     out = x.new_empty((num_tokens, num_experts), dtype=torch.float32)
-    blocks = triton.cdiv(num_tokens, tiles.block_size_m)
-    expert_blocks = triton.cdiv(num_experts, tiles.block_size_e)
+    blocks = cdiv(num_tokens, tiles.block_size_m)
+    expert_blocks = cdiv(num_experts, tiles.block_size_e)
     kernel: Any
     grid: tuple[int, ...]
     options: dict[str, Any]
     if isinstance(tiles, FewTiles):
         kernel, grid = router_few_kernel, (expert_blocks, blocks)
-        options = dict(BLOCK_SIZE_K=triton.next_power_of_2(hidden_size))
+        options = dict(BLOCK_SIZE_K=next_power_of_2(hidden_size))
     else:
         parts = x.new_empty((3, num_experts, hidden_size), dtype=torch.bfloat16)
         launch(
             split_weight_kernel,
-            (triton.cdiv(weight.numel(), _SPLIT_BLOCK),),
+            (cdiv(weight.numel(), _SPLIT_BLOCK),),
             has_pdl(x),
             weight,
             parts,
@@ -377,8 +378,8 @@ def topk_sigmoid(
         num_experts,
         topk,
         routed_scaling_factor,
-        TOPK=triton.next_power_of_2(topk),
-        BLOCK_SIZE_E=triton.next_power_of_2(num_experts),
+        TOPK=next_power_of_2(topk),
+        BLOCK_SIZE_E=next_power_of_2(num_experts),
         HAS_BIAS=e_score_correction_bias is not None,
         RENORMALIZE=renormalize,
         num_warps=1,

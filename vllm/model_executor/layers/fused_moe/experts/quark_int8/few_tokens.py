@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.experts.quark_int8.tensors import (
     Routing,
 )
 from vllm.model_executor.layers.fused_moe.experts.quark_int8.tiles import FewConfig
-from vllm.triton_utils import triton
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
 
 def apply_few_tokens(
@@ -54,7 +54,7 @@ def apply_few_tokens(
         hidden_size,
         topk,
         BLOCK_SIZE_N=config.w13_block_size_n,
-        BLOCK_SIZE_K=triton.next_power_of_2(hidden_size // 4),
+        BLOCK_SIZE_K=next_power_of_2(hidden_size // 4),
         STATIC_X=experts.a13_scale is not None,
         PER_CHANNEL=experts.w13_scale.numel() != experts.num_experts,
         HAS_BIAS=experts.w13_bias is not None,
@@ -84,9 +84,9 @@ def apply_few_tokens(
         hidden_size,
         width,
         topk,
-        TOPK=triton.next_power_of_2(topk),
+        TOPK=next_power_of_2(topk),
         BLOCK_SIZE_N=config.w2_block_size_n,
-        BLOCK_SIZE_K=triton.next_power_of_2(width // 4),
+        BLOCK_SIZE_K=next_power_of_2(width // 4),
         STATIC_H=experts.a2_scale is not None,
         PER_CHANNEL=experts.w2_scale.numel() != experts.num_experts,
         HAS_BIAS=experts.w2_bias is not None,
@@ -101,7 +101,7 @@ def _programs(
     columns: int, block_size_n: int, ctas_per_sm: int, rows: int, x: torch.Tensor
 ) -> int:
     """Programs that share the columns of a row; 0 CTAs per SM: one a block."""
-    programs = triton.cdiv(columns, block_size_n)
+    programs = cdiv(columns, block_size_n)
     if ctas_per_sm:
         programs = min(programs, max(1, ctas_per_sm * num_sms(x) // rows))
     return programs
