@@ -254,7 +254,7 @@ class Interpreter:
                 fence_async_shared=self.fence,
                 warpgroup_mma=self.multiply,
                 warpgroup_mma_wait=self.wait_for_products,
-                TensorDescriptor=None,  # of what is not a kernel, and not taken
+                TensorDescriptor=object,  # of what is not a kernel, and not made
             )
         return builtins.__import__(name, *args, **kwargs)
 

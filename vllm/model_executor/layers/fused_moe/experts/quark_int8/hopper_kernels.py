@@ -37,9 +37,27 @@ COPY_WARPS = gl.constexpr(1)
 COPY_REGISTERS = gl.constexpr(24)
 
 
+class _Layout(gl.NVMMASharedLayout):
+    """A layout whose text is made once: Triton asks for it at each launch."""
+
+    def __init__(self, layout: gl.NVMMASharedLayout) -> None:
+        vars(self).update(vars(layout), text=repr(layout))
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+class _Descriptor(TensorDescriptor):
+    """A descriptor that Triton does not check at each launch: `tensors.check` did."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 @functools.cache
-def _layout(block_rows: int, block_size_k: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([block_rows, block_size_k], gl.int8)
+def _layout(block_rows: int, block_size_k: int) -> _Layout:
+    box = [block_rows, block_size_k]
+    return _Layout(gl.NVMMASharedLayout.get_default_for(box, gl.int8))
 
 
 def make_tma_descriptor(
@@ -48,7 +66,8 @@ def make_tma_descriptor(
     """Of an int8 matrix, in boxes of block_rows by block_size_k as the kernels want
     them in shared memory."""
     layout = _layout(block_rows, block_size_k)
-    return TensorDescriptor.from_tensor(matrix, [block_rows, block_size_k], layout)
+    box = [block_rows, block_size_k]
+    return _Descriptor(matrix, matrix.shape, matrix.stride(), box, layout)
 
 
 @gluon.jit
