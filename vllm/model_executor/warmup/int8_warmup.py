@@ -17,7 +17,7 @@ from vllm.model_executor.kernels.linear.scaled_mm import int8_few_tokens
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.experts.quark_int8.experts import Int8Experts
 from vllm.model_executor.layers.fused_moe.experts.quark_int8.many_tokens import (
-    pairs_to_sort_at_once,
+    sort_options,
 )
 from vllm.model_executor.layers.fused_moe.experts.quark_int8.tiles import (
     Architecture,
@@ -70,7 +70,7 @@ class Layer(NamedTuple):
             # With few tokens, how many programs there are.
             shape.num_tokens
             if isinstance(config, FewConfig)
-            else pairs_to_sort_at_once(shape.num_pairs),
+            else tuple(sort_options(shape.num_pairs, shape.num_experts).values()),
             triton_router.choose_tiles(num_tokens, self.hidden_size),
             bisect.bisect_left(int8_few_tokens.MOST_TOKENS, num_tokens),
         )

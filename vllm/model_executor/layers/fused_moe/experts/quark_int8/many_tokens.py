@@ -22,12 +22,14 @@ from vllm.model_executor.layers.fused_moe.experts.quark_int8.tiles import (
     Config,
     Product,
 )
-from vllm.triton_utils import triton
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
-# Pairs that one program of the sorting kernels places, and up to how many pairs each
-# program looks at all of them.
+# Pairs that one program of the sorting kernels places. Where there are fewer pairs, and
+# fewer pairs times experts, each expert's program looks at all of them instead, so many
+# at a time: that is one launch in place of four.
 _PART = 256
-_MOST_PAIRS = 4096
+_MOST_PAIRS, _MOST_LOOKS = 16384, 1 << 22
+_PAIRS_AT_A_TIME = 4096
 
 # What pairs' outputs may take before their sum: 4096 tokens of top 8, hidden size 4096.
 # Each part reads the int8 pairs again, and takes whole tiles.
@@ -94,12 +96,16 @@ def most_tiles(num_pairs: int, num_experts: int, block_size_m: int) -> int:
     return min(num_pairs, num_pairs // block_size_m + min(num_experts, num_pairs))
 
 
-def pairs_to_sort_at_once(num_pairs: int) -> int:
-    """What each program that sorts looks at, all pairs and room for more; 0 where there
-    are too many of them."""
-    if num_pairs > _MOST_PAIRS:
-        return 0
-    return max(triton.next_power_of_2(num_pairs), 128)
+def sort_options(num_pairs: int, num_experts: int) -> dict[str, Any]:
+    """Of `prepare_kernel`: whether it sorts, how many pairs a program looks at at a
+    time, and whether there are more."""
+    sorts = num_pairs <= _MOST_PAIRS and num_pairs * num_experts <= _MOST_LOOKS
+    part = max(next_power_of_2(num_pairs), 128) if sorts else 0
+    return dict(
+        ALIGNERS=sorts,
+        PART=min(part, _PAIRS_AT_A_TIME),
+        MORE_PARTS=part > _PAIRS_AT_A_TIME,
+    )
 
 
 def sort_pairs(
@@ -115,17 +121,18 @@ def sort_pairs(
 
     tiles = Tiles(empty(max_tiles * config.block_size_m), empty(max_tiles), empty(1))
     xq = _empty_quantized(num_tokens, hidden_size, x)
-    bins = max(triton.next_power_of_2(num_experts + 1), 128)
-    block_size_k = triton.next_power_of_2(hidden_size)
+    bins = max(next_power_of_2(num_experts + 1), 128)
+    block_size_k = next_power_of_2(hidden_size)
     rows = max(1, 4096 // block_size_k)
-    programs = triton.cdiv(num_tokens, rows)
-    pairs = pairs_to_sort_at_once(num_pairs)
+    programs = cdiv(num_tokens, rows)
+    how_to_sort = sort_options(num_pairs, num_experts)
+    sorts = how_to_sort["ALIGNERS"]
     ids = (routing.topk_ids, routing.expert_map)
     sizes = (num_pairs, routing.num_ids(experts), num_experts)
     has_map = routing.expert_map is not None
     launch(
         sort_kernels.prepare_kernel,
-        (programs + (num_experts if pairs else 0),),
+        (programs + (num_experts if sorts else 0),),
         config.pdl,
         x,
         experts.a13_scale,
@@ -135,20 +142,19 @@ def sort_pairs(
         num_tokens,
         hidden_size,
         *sizes,
-        ALIGNERS=pairs > 0,
         HAS_EXPERT_MAP=has_map,
         BLOCK_SIZE_M=config.block_size_m,
-        PAIRS=pairs,
         BINS=bins,
         ROWS=rows,
         BLOCK_SIZE_K=block_size_k,
         STATIC=experts.a13_scale is not None,
         num_warps=8,
+        **how_to_sort,
     )
-    if pairs:
+    if sorts:
         return tiles, xq
 
-    num_parts = triton.cdiv(num_pairs, _PART)
+    num_parts = cdiv(num_pairs, _PART)
     counts, before, totals = empty(num_parts, bins), empty(num_parts, bins), empty(bins)
     common: dict[str, Any] = dict(HAS_EXPERT_MAP=has_map, PART=_PART, BINS=bins)
     launch(
@@ -252,11 +258,11 @@ def _quantize_pairs(
     hq: Quantized,
 ) -> None:
     rows, width = h.shape
-    block_size_k = triton.next_power_of_2(width)
+    block_size_k = next_power_of_2(width)
     rows_a_program = max(1, 8192 // block_size_k)
     launch(
         product_kernels.quantize_pairs_kernel,
-        (triton.cdiv(rows, rows_a_program),),
+        (cdiv(rows, rows_a_program),),
         config.pdl,
         h,
         experts.a2_scale,
@@ -350,10 +356,10 @@ def _add_up(
     """Each token's sum over its pairs, to out [M, K] from column `start` on."""
     num_columns = y.shape[1]
     # Of all columns, not of a part: one kernel serves every number of tokens.
-    block_size_k = min(triton.next_power_of_2(experts.hidden_size), 1024)
+    block_size_k = min(next_power_of_2(experts.hidden_size), 1024)
     launch(
         product_kernels.sum_topk_kernel,
-        (out.shape[0], triton.cdiv(num_columns, block_size_k)),
+        (out.shape[0], cdiv(num_columns, block_size_k)),
         config.pdl,
         y,
         routing.topk_ids,
@@ -379,7 +385,7 @@ def _programs(
 ) -> int:
     """One for each tile and block of columns; persistent ones take turns."""
     columns_a_program = columns_a_program or product.block_size_w
-    programs = tiles.experts.numel() * triton.cdiv(num_columns, columns_a_program)
+    programs = tiles.experts.numel() * cdiv(num_columns, columns_a_program)
     if product.persistent:
         programs = min(programs, product.ctas_per_sm * num_sms(x))
     return programs

@@ -35,18 +35,19 @@ def prepare_kernel(
     ALIGNERS: tl.constexpr,
     HAS_EXPERT_MAP: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr,
-    PAIRS: tl.constexpr,
+    PART: tl.constexpr,
+    MORE_PARTS: tl.constexpr,
     BINS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
     STATIC: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Quantize tokens and, if there are ALIGNERS, sort up to PAIRS pairs meanwhile.
+    """Quantize tokens and, if there are ALIGNERS, sort pairs meanwhile.
 
     x [M, K] float to xq [M, K] int8 and scale [M] float32; sorted pairs as
-    `align_kernel` says. The first E programs sort: each looks at all pairs, counts them
-    by expert and places those of its own.
+    `align_kernel` says. The first E programs sort: each looks at all pairs, PART at a
+    time, counts them by expert and places those of its own.
     """
     wait_for_inputs(PDL)
     program = tl.program_id(0)
@@ -64,7 +65,8 @@ def prepare_kernel(
                 num_experts,
                 HAS_EXPERT_MAP,
                 BLOCK_SIZE_M,
-                PAIRS,
+                PART,
+                MORE_PARTS,
                 BINS,
             )
         program -= num_experts
@@ -97,21 +99,34 @@ def _align_expert(
     num_experts,
     HAS_EXPERT_MAP: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr,
-    PAIRS: tl.constexpr,
+    PART: tl.constexpr,
+    MORE_PARTS: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Place an expert's pairs, in their order, and pad its last tile."""
-    pairs = tl.arange(0, PAIRS)
-    experts = local_experts(
-        topk_ids_ptr,
-        expert_map_ptr,
-        pairs,
-        pairs < num_pairs,
-        num_ids,
-        HAS_EXPERT_MAP,
+    """Place an expert's pairs, in their order, and pad its last tile.
+
+    sorted_pairs [tiles * BLOCK_SIZE_M] int32, padded with num_pairs; tile_experts
+    [tiles] int32; num_tiles [1] int32. Reads 4 bytes a pair, twice if there are
+    MORE_PARTS of PART pairs than one.
+    """
+    i = tl.arange(0, PART)
+    first = local_experts(
+        topk_ids_ptr, expert_map_ptr, i, i < num_pairs, num_ids, HAS_EXPERT_MAP
     )
+    counts = _count(first, num_experts, BINS)
+    if MORE_PARTS:
+        for start in range(PART, num_pairs, PART):
+            pairs = start + i
+            experts = local_experts(
+                topk_ids_ptr,
+                expert_map_ptr,
+                pairs,
+                pairs < num_pairs,
+                num_ids,
+                HAS_EXPERT_MAP,
+            )
+            counts += _count(experts, num_experts, BINS)
     bins = tl.arange(0, BINS)
-    counts = tl.histogram(tl.where(experts < 0, num_experts, experts), BINS)
     tiles = tl.where(bins < num_experts, (counts + BLOCK_SIZE_M - 1) // BLOCK_SIZE_M, 0)
     if expert == 0:
         tl.store(num_tiles_ptr, tl.sum(tiles))
@@ -119,15 +134,41 @@ def _align_expert(
     if count > 0:
         first_tile = tl.sum(tl.where(bins < expert, tiles, 0))
         last_tile = first_tile + tl.cdiv(count, BLOCK_SIZE_M)
-        mine = experts == expert
-        rows = first_tile * BLOCK_SIZE_M + tl.cumsum(mine.to(tl.int32)) - 1
-        tl.store(sorted_pairs_ptr + rows, pairs, mask=mine)
-        padding = first_tile * BLOCK_SIZE_M + count + tl.arange(0, BLOCK_SIZE_M)
+        first_row = first_tile * BLOCK_SIZE_M
+        row = _place(sorted_pairs_ptr, first_row, i, first == expert)
+        if MORE_PARTS:
+            for start in range(PART, num_pairs, PART):
+                pairs = start + i
+                experts = local_experts(
+                    topk_ids_ptr,
+                    expert_map_ptr,
+                    pairs,
+                    pairs < num_pairs,
+                    num_ids,
+                    HAS_EXPERT_MAP,
+                )
+                row = _place(sorted_pairs_ptr, row, pairs, experts == expert)
+        padding = first_row + count + tl.arange(0, BLOCK_SIZE_M)
         mask = padding < last_tile * BLOCK_SIZE_M
         tl.store(sorted_pairs_ptr + padding, num_pairs, mask=mask)
         for start in range(first_tile, last_tile, 16):
             tile = start + tl.arange(0, 16)
             tl.store(tile_experts_ptr + tile, expert, mask=tile < last_tile)
+
+
+@triton.jit
+def _count(experts, num_experts, BINS: tl.constexpr):
+    """Pairs of each expert, [BINS]; absent pairs go to bin num_experts."""
+    return tl.histogram(tl.where(experts < 0, num_experts, experts), BINS)
+
+
+@triton.jit
+def _place(sorted_pairs_ptr, row, pairs, mine):
+    """Put those of the pairs that are mine in rows from `row` on; return the row after
+    them."""
+    rows = row + tl.cumsum(mine.to(tl.int32)) - 1
+    tl.store(sorted_pairs_ptr + rows, pairs, mask=mine)
+    return row + tl.sum(mine.to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_ids", "num_experts"])
