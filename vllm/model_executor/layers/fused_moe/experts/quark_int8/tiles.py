@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from vllm.model_executor.kernels.int8_triton import is_hopper
+from vllm.utils.math_utils import next_power_of_2
 
 Architecture = Literal["hopper", "cuda", "rocm"]
 
@@ -95,47 +96,41 @@ def _same(block_size_m: int, product: Product) -> Config:
     return Config(block_size_m, product, product)
 
 
-# The most pairs for each expert, on average, and the tiles up to there. Up to 80 the
-# weights are the traffic: a tile is thin, so that one holds all of an expert's pairs
-# and weights are read once, and the weights fill the tensor core's 64 rows. Beyond, a
-# tile is as large as the accumulators in registers allow: with _HOPPER_MANY.
-# The kernels of that table take the host longer to launch, so they are chosen where a
-# rank's pairs have more than this many columns of the intermediate, all together.
-_MIN_COLUMNS_OF_MANY = 8192 * 1280
-_THIN = Product(64, 256, 4, 4, swap_ab=True, tma_w=True)
-_WIDE = Product(128, 128, 4, 3, tma_w=True, tma_a=True)
-_HOPPER = (
-    (8, Config(16, _THIN, replace(_THIN, num_stages=3), pdl=True)),
-    (16, Config(32, _THIN, replace(_THIN, num_stages=3), pdl=True)),
-    (
-        32,
-        Config(
-            32,
-            replace(_THIN, num_stages=3),
-            replace(_THIN, num_stages=3, tma_a=True),
-            pdl=True,
-        ),
-    ),
-    (80, Config(64, replace(_THIN, block_size_w=128, num_stages=3), _WIDE, pdl=True)),
-    (float("inf"), Config(128, Product(128, 128, 4, 3, tma_w=True), _WIDE, pdl=True)),
-)
+# The most pairs for each expert, on average, and the tiles up to there. Up to 60 the
+# weights are the traffic: a tile is thin and holds all pairs of almost every expert, so
+# that weights are read once, and the weights fill the tensor core's 64 rows. Beyond, a
+# tile is as large as the accumulators in registers allow.
+_THIN = Product(64, 256, 4, 3, swap_ab=True, tma_w=True)
+_LONG = replace(_THIN, num_stages=4)
 _MANY_W13 = Product(256, 128, 8, 4, tma_w=True, persistent=True)
 _MANY_W2 = Product(
     128, 128, 4, 3, tma_w=True, tma_a=True, persistent=True, ctas_per_sm=2
 )
-_HOPPER_MANY = (
-    *_HOPPER[:-1],
-    (512, Config(128, _MANY_W13, _MANY_W2, pdl=True)),
+_HOPPER = (
+    (2, Config(8, replace(_LONG, block_size_k=512), _THIN, pdl=True)),
+    (8, Config(16, _LONG, _THIN, pdl=True)),
+    (22, Config(32, _THIN, replace(_THIN, tma_a=True), pdl=True)),
+    (
+        60,
+        Config(
+            64,
+            replace(_THIN, block_size_w=128),
+            Product(128, 128, 4, 3, tma_w=True, tma_a=True),
+            pdl=True,
+        ),
+    ),
+    (128, Config(128, _MANY_W13, _MANY_W2, pdl=True)),
     (float("inf"), Config(128, _MANY_W13, _MANY_W2)),
 )
-# Experts of 256 columns or fewer: w2 has but one step.
+# Experts of 256 columns or fewer: w2 has but one step, and tiles of 256 rows of w13
+# would reach far beyond the width.
 _NARROW_W2 = Product(128, 256, 4, 3, swap_ab=True, tma_w=True, blocks=4)
 _NARROW_WIDE_W2 = Product(64, 256, 4, 4, tma_w=True, blocks=16)
 _HOPPER_NARROW = (
-    (8, Config(16, _THIN, _NARROW_W2, pdl=True)),
-    (32, Config(32, _THIN, _NARROW_W2, pdl=True)),
-    (80, Config(64, replace(_THIN, block_size_w=128, num_stages=3), _NARROW_WIDE_W2)),
-    (float("inf"), Config(128, Product(128, 128, 4, 3, tma_w=True), _NARROW_WIDE_W2)),
+    (10, Config(16, _LONG, _NARROW_W2, pdl=True)),
+    (28, Config(32, _LONG, _NARROW_W2, pdl=True)),
+    (60, Config(64, replace(_THIN, block_size_w=128), _NARROW_WIDE_W2, pdl=True)),
+    (float("inf"), Config(128, replace(_MANY_W2, tma_a=False), _NARROW_WIDE_W2)),
 )
 # 99 KiB of shared memory (compute capability 8.6 and 8.9) must hold num_stages tiles.
 _CUDA = (
@@ -161,7 +156,8 @@ _TABLES = {"hopper": _HOPPER, "cuda": _CUDA, "rocm": _ROCM}
 
 # With more tokens the path for a few reads too much twice: every pair reads its expert.
 _FEW_TOKENS = 8
-# Bytes of an expert beyond which half as many are enough for that.
+# Bytes of an expert beyond which half as many are enough for that. On Hopper so are two
+# tokens that have a fifth of the experts.
 _LARGE_EXPERT = 1 << 22
 # Words of four int8 that a program of it multiplies at a time; they lie in registers.
 _FEW_WORDS = 16384
@@ -181,24 +177,21 @@ def choose_config(architecture: Architecture, shape: Shape) -> Config | FewConfi
         return few
     table = _TABLES[architecture]
     pairs_per_expert = shape.num_pairs / shape.num_ids
-    if architecture == "hopper":
-        width = shape.intermediate_size
-        if width <= 256:
-            table = _HOPPER_NARROW
-        elif pairs_per_expert * shape.num_experts * width > _MIN_COLUMNS_OF_MANY:
-            table = _HOPPER_MANY
+    if architecture == "hopper" and shape.intermediate_size <= 256:
+        table = _HOPPER_NARROW
     return next(config for most, config in table if pairs_per_expert <= most)
 
 
 def _choose_few(architecture: Architecture, shape: Shape) -> FewConfig | None:
     """How to take the path for a few tokens, None to take the other one."""
     num_tokens, width = shape.num_tokens, shape.intermediate_size
-    w13_words = _next_power_of_2(shape.hidden_size // 4)
-    w2_words = _next_power_of_2(width // 4) * _next_power_of_2(shape.topk)
+    w13_words = next_power_of_2(shape.hidden_size // 4)
+    w2_words = next_power_of_2(width // 4) * next_power_of_2(shape.topk)
     is_large = 3 * width * shape.hidden_size > _LARGE_EXPERT
+    is_crowded = is_large and num_tokens > 1 and architecture == "hopper"
     if (
         num_tokens > (_FEW_TOKENS // 2 if is_large else _FEW_TOKENS)
-        or shape.num_pairs * 2 >= shape.num_ids
+        or shape.num_pairs * (5 if is_crowded else 2) >= shape.num_ids
         or w13_words > 4096
         or w2_words > _FEW_WORDS
     ):
@@ -218,7 +211,3 @@ def _choose_few(architecture: Architecture, shape: Shape) -> FewConfig | None:
     else:
         w2 = max(w2_block_size_n // 2, 1), 4, 3, 2
     return FewConfig(*w13, *w2, pdl=True)
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
