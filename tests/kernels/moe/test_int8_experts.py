@@ -379,3 +379,32 @@ def test_router_weight_on_input() -> None:
 def test_no_tokens() -> None:
     case = Case(num_tokens=0)
     assert run_modular(make(case), case).shape == (0, case.hidden)
+
+
+@interpreted
+@pytest.mark.needs_group("kernels")
+@pytest.mark.needs_patch("0035")
+def test_experts_write_the_layers_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no workspace to copy from."""
+    case = Case()
+    layer = make(case)
+    apply = Int8Experts.apply
+    written = []
+
+    def record(self: Int8Experts, output: Tensor, *args: Any, **options: Any) -> None:
+        written.append(output.data_ptr())
+        apply(self, output, *args, **options)
+
+    monkeypatch.setattr(Int8Experts, "apply", record)
+    out = run_modular(layer, case)
+    assert written == [out.data_ptr()]
+
+
+def test_only_what_is_alike_is_written_instead(rng: torch.Generator) -> None:
+    """Tokens are never written over, nor rows that are not whole."""
+    x, out, other = (torch.rand((4, 32), generator=rng) for _ in range(3))
+    takes = Int8Experts.takes_output_alias
+    asked = object.__new__(Int8Experts)
+    assert takes(asked, out, other, x)
+    for alias in (x, out[:3], out.bfloat16(), out.t().contiguous().t()):
+        assert not takes(asked, alias, other, x)

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What this fork's classes of experts share, quantized or not."""
 
+import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
@@ -30,6 +31,22 @@ class WholeExpertsBase(mk.FusedMoEExpertsModular):
 
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()
+
+    def takes_output_alias(
+        self,
+        output_alias: torch.Tensor,
+        fused_out: torch.Tensor,
+        hidden_states: torch.Tensor,
+    ) -> bool:
+        """Patch 0035's question: whether `apply` may write the layer's output itself.
+        From 0.32.0 on upstream asks nobody."""
+        return (
+            output_alias.shape == fused_out.shape
+            and output_alias.dtype == fused_out.dtype
+            and output_alias.is_contiguous()
+            # Which are still read when the first of the output is written.
+            and output_alias.data_ptr() != hidden_states.data_ptr()
+        )
 
     def workspace_shapes(
         self,
