@@ -163,9 +163,12 @@ def compile_memory(
     """What an instruction does; None if it is not one of these."""
     if match := re.fullmatch(r"s_load_(dword\w*)", inst.name):
         return _scalar_load(w, memory, checks, inst, SIZES[match[1]])
-    match = re.fullmatch(r"(global|buffer)_(load|store)_([a-z]+(?:x\d+)?)", inst.name)
-    if not match or match[3] not in SIZES:
+    match = re.fullmatch(
+        r"(global|buffer)_(load|store)_([a-z]+(?:x\d+)?)(_d16_hi)?", inst.name
+    )
+    if not match or match[3] not in SIZES or (match[4] and match[2] == "load"):
         return None
+    first_bit = u32(16 if match[4] else 0)  # of a register that is stored
     size = SIZES[match[3]]
     if match[1] == "global":
         data, address = _global_address(w, inst, match[2] == "load")
@@ -193,7 +196,7 @@ def compile_memory(
 
     def store() -> None:
         at, mask = lanes()
-        words = [w.V[register] for register in registers]
+        words = [w.V[register] >> first_bit for register in registers]
         memory.store(at, mask, words, size, text)
         checks.issue_vector(range(0))
 

@@ -92,6 +92,30 @@ def test_loads_and_stores(form: str, size: str, dice: random.Random) -> None:
         assert array.tobytes() == bytes(expected)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "global_store_short_d16_hi v[0:1], v10, off offset:6",
+        "global_store_byte_d16_hi v[0:1], v10, off offset:6",
+    ],
+)
+def test_stores_of_the_high_half(text: str, dice: random.Random) -> None:
+    size = 2 if "short" in text else 1
+    program = Program(text)
+    array, address = tensor(program, bytes(6 + 4 * 64))
+    places = [4 * i for i in dice.sample(LANES, 64)]
+    values = [dice.getrandbits(32) for _ in LANES]
+    mask = dice.getrandbits(64)
+    at_places(program, "vector", address, places)
+    program.vector(10, values).exec(mask).run()
+    expected = bytearray(6 + 4 * 64)
+    for i in LANES:
+        if mask >> i & 1:
+            at = places[i] + 6
+            expected[at : at + size] = values[i].to_bytes(4, "little")[2 : 2 + size]
+    assert array.tobytes() == bytes(expected)
+
+
 def test_beyond_the_records_of_a_buffer() -> None:
     """Loads give 0 and stores are dropped: so Triton masks lanes."""
     data = np.arange(8, dtype=np.uint32)

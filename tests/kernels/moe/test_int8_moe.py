@@ -340,7 +340,13 @@ def test_same_bits() -> None:
 def test_paths_differ_by_the_order_of_a_sum_alone() -> None:
     """Two experts a token have one order; with more, float32 rounds otherwise."""
     layer = make(Case(num_tokens=20, top_k=2, bias=True))
-    assert torch.equal(run(layer, THIN), run(layer, FEW))
+    many, few = (run(layer, config) for config in (THIN, FEW))
+    if MACHINE or torch.version.hip:
+        # The compiler for ROCm fuses a product and a sum in one path and not in the
+        # other: a unit in the last place.
+        assert (many - few).abs().max() <= 2**-23 * many.abs().max()
+    else:
+        assert torch.equal(many, few)
     many, few = (run(make(Case(num_tokens=20, bias=True)), c) for c in (THIN, FEW))
     assert (many - few).abs().max() <= 4 * 2**-24 * many.abs().max()
 

@@ -39,7 +39,8 @@ def apply_experts(
     The two paths differ in two ways, each within rounding: the one for few tokens adds
     up a token's experts in the order of a reduction over a tile, the other in the order
     of topk_ids; and `config` chooses between them by the number of tokens, so that a
-    token's bits may depend on its batch. With the same tokens both give the same bits
+    token's bits may depend on its batch. For ROCm the compiler also fuses a product and
+    a sum in the one and not in the other. With the same tokens both give the same bits
     each time.
 
     Launches kernels and allocates by shape alone, so that it can be captured in a CUDA
