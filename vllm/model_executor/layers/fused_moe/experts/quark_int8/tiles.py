@@ -200,13 +200,13 @@ def _choose_few(architecture: Architecture, shape: Shape) -> FewConfig | None:
     if architecture != "hopper":
         w13_block_size_n = min(4096 // w13_words, 16)
         return FewConfig(w13_block_size_n, 4, 1, 0, w2_block_size_n, 8, 1, 0)
-    if num_tokens <= 2:
+    if num_tokens == 1:
         w13 = min(max(2048 // w13_words, 1), 16), 4, 2, 3
     else:
         w13 = min(4096 // w13_words, 16), 4, 3, 3
     if width <= 256:
         w2 = max(w2_block_size_n // 2, 1), 4, 2, 4
-    elif num_tokens <= 2:
+    elif num_tokens == 1:
         w2 = w2_block_size_n, 4, 3, 1
     else:
         w2 = max(w2_block_size_n // 2, 1), 4, 3, 2
