@@ -197,7 +197,8 @@ def about() -> dict[str, Any]:
     capability = ".".join(map(str, torch.cuda.get_device_capability(0)))
     told: dict[str, Any] = {
         "chip": torch.cuda.get_device_name(0),
-        "architecture": getattr(gpu, "gcnArchName", "") or f"sm {capability}",
+        # CUDA's has the chip's name there.
+        "architecture": gpu.gcnArchName if torch.version.hip else f"sm {capability}",
         "chips": torch.cuda.device_count(),
         "memory GiB": round(gpu.total_memory / 2**30, 1),
         "driver": _driver(bool(torch.version.hip)),

@@ -326,9 +326,9 @@ def test_an_issue_takes_the_text():
 
 @pytest.mark.parametrize("hip", [None, "7.2.1"])
 def test_about(monkeypatch: pytest.MonkeyPatch, hip: str | None):
-    gpu = SimpleNamespace(total_memory=192 << 30)
-    if hip:
-        gpu.gcnArchName = "gfx942:sramecc+:xnack-"
+    # Seen on an H200: torch for CUDA puts the chip's name there.
+    name = "gfx942:sramecc+:xnack-" if hip else "A chip"
+    gpu = SimpleNamespace(total_memory=192 << 30, gcnArchName=name)
     for name, answer in {
         "get_device_properties": gpu,
         "get_device_name": "A chip",
