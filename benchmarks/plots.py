@@ -42,11 +42,15 @@ def draw(
         squeeze=False,
         sharey=True,
     )
+    labels = [line.label for panel in panels for line in panel.lines]
+    # One that a panel lacks leaves its color unused there.
+    colors = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(labels))}
     for axis, panel in zip(axes[0], panels, strict=True):
         for line in panel.lines:
             if line.points:
                 xy = zip(*line.points, strict=True)
-                axis.plot(*xy, line.style, color=line.color, label=line.label)
+                color = line.color or colors[line.label]
+                axis.plot(*xy, line.style, color=color, label=line.label)
         axis.set(title=panel.title, xlabel=xlabel)
         axis.set_xscale("log", base=2)
         if log:

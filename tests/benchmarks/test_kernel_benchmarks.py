@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.kernels import benchmark_int8_moe, runner
 from benchmarks.kernels.runner import Benchmark, Case, Timed
-from benchmarks.plots import Panel
+from benchmarks.plots import Line, Panel, draw
 from tests.kernels.utils import GPU, interpreted
 
 pytestmark = pytest.mark.needs_group("kernels")
@@ -202,6 +202,25 @@ def test_deep_gemm_multiplies_what_it_is_given() -> None:
     for call in calls:
         expected = fp8_product(call)
         assert (call[2] - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_label_has_one_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a panel that lacks a line before it, too."""
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs matplotlib")
+    closed: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", closed.append)
+    points = [(1.0, 2.0), (2.0, 3.0)]
+    whole = Panel("", [Line(name, points) for name in ("ours", "a peer", "another")])
+    lacks = Panel(
+        "", [Line("ours", points), Line("a peer", []), Line("another", points)]
+    )
+    draw([lacks, whole], tmp_path / "plot.png", "us")
+    colors: dict[str, set[str]] = {}
+    for axis in closed[0].axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            colors.setdefault(label, set()).add(handle.get_color())
+    assert [len(found) for found in colors.values()] == [1, 1, 1]
+    assert len(set.union(*colors.values())) == 3
 
 
 def no_panels(_: list[dict[str, Any]]) -> list[Panel]:
