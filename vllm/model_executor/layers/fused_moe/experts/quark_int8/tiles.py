@@ -128,8 +128,8 @@ _NARROW_W2 = Product(128, 256, 4, 3, swap_ab=True, tma_w=True, blocks=4)
 _NARROW_WIDE_W2 = Product(64, 256, 4, 4, tma_w=True, blocks=16)
 _HOPPER_NARROW = (
     (10, Config(16, _LONG, _NARROW_W2, pdl=True)),
-    (28, Config(32, _LONG, _NARROW_W2, pdl=True)),
-    (60, Config(64, replace(_THIN, block_size_w=128), _NARROW_WIDE_W2, pdl=True)),
+    (30, Config(32, _LONG, _NARROW_W2, pdl=True)),
+    (60, Config(64, replace(_THIN, block_size_w=128), _NARROW_WIDE_W2)),
     (float("inf"), Config(128, replace(_MANY_W2, tma_a=False), _NARROW_WIDE_W2)),
 )
 # 99 KiB of shared memory (compute capability 8.6 and 8.9) must hold num_stages tiles.
