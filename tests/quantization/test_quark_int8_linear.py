@@ -41,7 +41,12 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
-from tests.quantization.utils import poison, random_int8, random_scales
+from tests.quantization.utils import (
+    poison,
+    random_int8,
+    random_scales,
+    skip_without_int8_ops,
+)
 from tools.upstream import holds_fix
 
 HIDDEN = 64
@@ -320,6 +325,8 @@ def random_weights(kind: Kind, per_channel: bool, rng: torch.Generator) -> dict:
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @each_kind
 def test_per_channel_product(kind, static, symmetric, columns, quark_dict, rng):
+    if not symmetric:
+        skip_without_int8_ops()
     quark = quark_dict(static=static, symmetric=symmetric)
     weights = random_weights(kind, per_channel=True, rng=rng)
     x = quantized_input(5, static, symmetric, rng)

@@ -24,7 +24,12 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON, tl
 
 from tests.moe_layers import apply_experts, make_experts, quant_config_of
-from tests.quantization.utils import poison, random_int8, random_scales
+from tests.quantization.utils import (
+    poison,
+    random_int8,
+    random_scales,
+    skip_without_int8_ops,
+)
 from tests.v1.utils import HOPPER
 
 NUM_EXPERTS = 6
@@ -162,6 +167,9 @@ def build(quark: dict[str, Any], **options: Any) -> Any:
 
 
 def process(layer: Any) -> None:
+    method = layer.quant_method
+    if method.weight_qscheme == "per_tensor" and method.static_input_scales:
+        skip_without_int8_ops()  # which quantizes the weights again
     layer.quant_method.process_weights_after_loading(layer)
 
 

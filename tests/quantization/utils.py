@@ -1,8 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random numbers as a Quark INT8 export holds them, and memory that shows gaps."""
 
+import pytest
 import torch
 from torch import Tensor, nn
+from vllm.platforms import current_platform
+
+
+def skip_without_int8_ops() -> None:
+    """vLLM's build for CPUs without AVX-512 lacks its own INT8 kernels, and ends there
+    with an AttributeError, as stock does."""
+    if current_platform.is_cpu() and not hasattr(
+        torch.ops._C, "static_scaled_int8_quant"
+    ):
+        pytest.skip("needs vLLM's INT8 kernels: a CPU with AVX-512, or a GPU")
 
 
 def random_int8(*shape: int, rng: torch.Generator) -> Tensor:

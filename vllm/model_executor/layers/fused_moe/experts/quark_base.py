@@ -32,20 +32,16 @@ class WholeExpertsBase(mk.FusedMoEExpertsModular):
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()
 
-    def takes_output_alias(
-        self,
-        output_alias: torch.Tensor,
-        fused_out: torch.Tensor,
-        hidden_states: torch.Tensor,
+    def takes_output(
+        self, output: torch.Tensor | None, fused_out: torch.Tensor
     ) -> bool:
-        """Patch 0035's question: whether `apply` may write the layer's output itself.
-        From 0.32.0 on upstream asks nobody."""
+        """Patch 0035's question: whether `apply` may write the layer's output itself,
+        like fused_out. From 0.32.0 on upstream asks nobody."""
         return (
-            output_alias.shape == fused_out.shape
-            and output_alias.dtype == fused_out.dtype
-            and output_alias.is_contiguous()
-            # Which are still read when the first of the output is written.
-            and output_alias.data_ptr() != hidden_states.data_ptr()
+            output is not None
+            and output.shape == fused_out.shape
+            and output.dtype == fused_out.dtype
+            and output.is_contiguous()
         )
 
     def workspace_shapes(
