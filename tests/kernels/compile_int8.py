@@ -68,7 +68,7 @@ TARGETS: dict[str, tuple[GPUTarget, Architecture]] = {
 }
 EXPERTS, HIDDEN, TOPK = 36, 4096, 8
 WIDTHS = (1280, 160)
-TOKENS = (1, 16, 64, 256, 1024, 2048, 4096)
+TOKENS = (1, 4, 16, 64, 256, 400, 1024, 4096)
 LINEAR = ((1792, 1536), (5120, 2048), (14336, 4096), (4096, 8192), (4096, 12288))
 HEADS, HEAD_DIM = ((64, 64), (96, 128)), 128
 ROUTER_TOKENS, ROUTER_EXPERTS = (1, 4, 16, 1024, 4096), 288
@@ -145,9 +145,10 @@ def launches(
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
         run_experts(architecture, num_tokens, TOPK, EXPERTS, EXPERTS, HIDDEN, width)
     # A bias takes registers.
-    run_experts(
-        architecture, TOKENS[-1], TOPK, EXPERTS, EXPERTS, HIDDEN, WIDTHS[0], bias=True
-    )
+    for width in WIDTHS:
+        run_experts(
+            architecture, TOKENS[-1], TOPK, EXPERTS, EXPERTS, HIDDEN, width, bias=True
+        )
     for (n, k), is_gated in itertools.product(LINEAR, (False, True)):
         tiles = int8_few_tokens.choose_tiles(1, n, k)
         assert tiles

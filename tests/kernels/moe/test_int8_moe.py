@@ -541,18 +541,21 @@ def test_table_covers_every_shape() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("num_tokens", [1, 2, 16, 130, 400, 700, 2500])
+@pytest.mark.parametrize(
+    ("num_tokens", "width"),
+    [(m, 1280) for m in (1, 2, 16, 130, 400, 700, 2500)] + [(1, 160), (400, 160)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_real_shapes_and_graph(num_tokens: int, dtype: torch.dtype) -> None:
+def test_real_shapes_and_graph(num_tokens: int, width: int, dtype: torch.dtype) -> None:
     """The tiles that the table chooses; a graph that is replayed with fresh input.
 
     From 400 tokens those are Gluon's on Hopper, whose programs take tiles in turn.
     """
-    case = Case(32, 1280, 4096, num_tokens, 8, dtype, limit=LIMIT)
+    case = Case(32, width, 4096, num_tokens, 8, dtype, limit=LIMIT)
     if num_tokens >= 400 and is_hopper():
-        config = choose_config("hopper", Shape(num_tokens, 8, 32, 32, 4096, 1280))
-        assert isinstance(config, Config)
-        assert config.w13.persistent and config.pdl == (num_tokens == 400)
+        config = choose_config("hopper", Shape(num_tokens, 8, 32, 32, 4096, width))
+        assert isinstance(config, Config) and config.w13.persistent
+        assert config.pdl == (num_tokens == 400 and width > 256)
     layer = make(case)
     run(layer)
     graph = torch.cuda.CUDAGraph()

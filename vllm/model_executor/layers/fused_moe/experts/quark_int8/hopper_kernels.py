@@ -48,7 +48,11 @@ class _Layout(gl.NVMMASharedLayout):
 
 
 class _Descriptor(TensorDescriptor):
-    """A descriptor that Triton does not check at each launch: `tensors.check` did."""
+    """A descriptor that is not checked at each launch.
+
+    `tensors.check` has looked at the layer's shapes; the driver refuses an address that
+    is no multiple of 16.
+    """
 
     def __post_init__(self) -> None:
         pass

@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Tiles of the INT8 (W8A8) fused MoE: a table of choices by device and shape.
 
-The choices for Hopper were measured on an H100, those of Gluon's kernels on an H200;
-those for other devices follow from their limits and were compiled but not run:
-docs/design/int8-moe.md. They are used there with `--moe-backend quark_int8` alone.
+The choices for Hopper were measured on an H200; those for other devices follow from
+their limits and were compiled but not run: docs/design/int8-moe.md. They are used there
+with `--moe-backend quark_int8` alone.
 """
 
 import functools
@@ -99,7 +99,8 @@ def _same(block_size_m: int, product: Product) -> Config:
 # The most pairs for each expert, on average, and the tiles up to there. Up to 60 the
 # weights are the traffic: a tile is thin and holds all pairs of almost every expert, so
 # that weights are read once, and the weights fill the tensor core's 64 rows. Beyond, a
-# tile is as large as the accumulators in registers allow.
+# tile is as large as the accumulators in registers allow. With 8 pairs Triton takes
+# Ampere's instruction, which has 8 columns.
 _THIN = Product(64, 256, 4, 3, swap_ab=True, tma_w=True)
 _LONG = replace(_THIN, num_stages=4)
 _MANY_W13 = Product(256, 128, 8, 4, tma_w=True, persistent=True)
@@ -156,8 +157,8 @@ _TABLES = {"hopper": _HOPPER, "cuda": _CUDA, "rocm": _ROCM}
 
 # With more tokens the path for a few reads too much twice: every pair reads its expert.
 _FEW_TOKENS = 8
-# Bytes of an expert beyond which half as many are enough for that. On Hopper so are two
-# tokens that have a fifth of the experts.
+# Bytes of an expert beyond which half as many are enough for that. On Hopper two tokens
+# are, if they have more pairs than a fifth of the experts.
 _LARGE_EXPERT = 1 << 22
 # Words of four int8 that a program of it multiplies at a time; they lie in registers.
 _FEW_WORDS = 16384
