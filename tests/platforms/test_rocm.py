@@ -43,6 +43,12 @@ INTERPRETED = pytest.mark.skipif(
     Version(numpy.__version__) >= Version("2.4"),
     reason=f"needs NumPy below 2.4, {numpy.__version__} is installed",
 )
+# With a platform that is no CPU vLLM loads the library for AVX-512.
+HAS_AVX512 = pytest.mark.skipif(
+    current_platform.is_cpu()
+    and "AVX512" not in torch.backends.cpu.get_cpu_capability(),
+    reason="needs a CPU with AVX-512: what vLLM loads where ROCm is faked uses it",
+)
 FAKED = ("-p", "tests.platforms.faked_rocm")
 # Of these the tests that ask for what is not there: a compiled kernel of experts, and
 # rounding to bfloat16, which Triton's interpreter cuts.
@@ -73,6 +79,7 @@ def run_pytest(*arguments: str) -> list[str]:
 @pytest.mark.slow  # other tests once more
 @NOT_ON_ROCM
 @INTERPRETED
+@HAS_AVX512
 def test_with_the_platform_faked():
     """Loading, processing, selection and guards; kernels in Triton's interpreter."""
     said = run_pytest(*FAKED, *SUITE, "-k", NOT_THERE, "-rs")
@@ -81,6 +88,7 @@ def test_with_the_platform_faked():
 
 @pytest.mark.slow
 @NOT_ON_ROCM
+@HAS_AVX512
 def test_the_same_tests_are_collected():
     here, there = (
         {

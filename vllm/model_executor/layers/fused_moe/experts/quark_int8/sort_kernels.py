@@ -110,12 +110,9 @@ def _align_expert(
     MORE_PARTS of PART pairs than one.
     """
     i = tl.arange(0, PART)
-    first = local_experts(
-        topk_ids_ptr, expert_map_ptr, i, i < num_pairs, num_ids, HAS_EXPERT_MAP
-    )
-    counts = _count(first, num_experts, BINS)
     if MORE_PARTS:
-        for start in range(PART, num_pairs, PART):
+        counts = tl.zeros((BINS,), tl.int32)
+        for start in range(0, num_pairs, PART):
             pairs = start + i
             experts = local_experts(
                 topk_ids_ptr,
@@ -126,6 +123,11 @@ def _align_expert(
                 HAS_EXPERT_MAP,
             )
             counts += _count(experts, num_experts, BINS)
+    else:
+        all_experts = local_experts(
+            topk_ids_ptr, expert_map_ptr, i, i < num_pairs, num_ids, HAS_EXPERT_MAP
+        )
+        counts = _count(all_experts, num_experts, BINS)
     bins = tl.arange(0, BINS)
     tiles = tl.where(bins < num_experts, (counts + BLOCK_SIZE_M - 1) // BLOCK_SIZE_M, 0)
     if expert == 0:
@@ -135,9 +137,9 @@ def _align_expert(
         first_tile = tl.sum(tl.where(bins < expert, tiles, 0))
         last_tile = first_tile + tl.cdiv(count, BLOCK_SIZE_M)
         first_row = first_tile * BLOCK_SIZE_M
-        row = _place(sorted_pairs_ptr, first_row, i, first == expert)
         if MORE_PARTS:
-            for start in range(PART, num_pairs, PART):
+            row = first_row
+            for start in range(0, num_pairs, PART):
                 pairs = start + i
                 experts = local_experts(
                     topk_ids_ptr,
@@ -148,6 +150,8 @@ def _align_expert(
                     HAS_EXPERT_MAP,
                 )
                 row = _place(sorted_pairs_ptr, row, pairs, experts == expert)
+        else:
+            _place(sorted_pairs_ptr, first_row, i, all_experts == expert)
         padding = first_row + count + tl.arange(0, BLOCK_SIZE_M)
         mask = padding < last_tile * BLOCK_SIZE_M
         tl.store(sorted_pairs_ptr + padding, num_pairs, mask=mask)
