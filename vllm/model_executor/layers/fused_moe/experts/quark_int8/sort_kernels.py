@@ -114,18 +114,13 @@ def _align_expert(
         counts = tl.zeros((BINS,), tl.int32)
         for start in range(0, num_pairs, PART):
             pairs = start + i
-            experts = local_experts(
-                topk_ids_ptr,
-                expert_map_ptr,
-                pairs,
-                pairs < num_pairs,
-                num_ids,
-                HAS_EXPERT_MAP,
+            experts = _experts_of(
+                pairs, topk_ids_ptr, expert_map_ptr, num_pairs, num_ids, HAS_EXPERT_MAP
             )
             counts += _count(experts, num_experts, BINS)
     else:
-        all_experts = local_experts(
-            topk_ids_ptr, expert_map_ptr, i, i < num_pairs, num_ids, HAS_EXPERT_MAP
+        all_experts = _experts_of(
+            i, topk_ids_ptr, expert_map_ptr, num_pairs, num_ids, HAS_EXPERT_MAP
         )
         counts = _count(all_experts, num_experts, BINS)
     bins = tl.arange(0, BINS)
@@ -141,11 +136,11 @@ def _align_expert(
             row = first_row
             for start in range(0, num_pairs, PART):
                 pairs = start + i
-                experts = local_experts(
+                experts = _experts_of(
+                    pairs,
                     topk_ids_ptr,
                     expert_map_ptr,
-                    pairs,
-                    pairs < num_pairs,
+                    num_pairs,
                     num_ids,
                     HAS_EXPERT_MAP,
                 )
@@ -158,6 +153,21 @@ def _align_expert(
         for start in range(first_tile, last_tile, 16):
             tile = start + tl.arange(0, 16)
             tl.store(tile_experts_ptr + tile, expert, mask=tile < last_tile)
+
+
+@triton.jit
+def _experts_of(
+    pairs,
+    topk_ids_ptr,
+    expert_map_ptr,
+    num_pairs,
+    num_ids,
+    HAS_EXPERT_MAP: tl.constexpr,
+):
+    """`local_experts`, and -1 beyond the last pair."""
+    return local_experts(
+        topk_ids_ptr, expert_map_ptr, pairs, pairs < num_pairs, num_ids, HAS_EXPERT_MAP
+    )
 
 
 @triton.jit
@@ -195,15 +205,10 @@ def count_kernel(
     wait_for_inputs(PDL)
     part = tl.program_id(0)
     pairs = part * PART + tl.arange(0, PART)
-    experts = local_experts(
-        topk_ids_ptr,
-        expert_map_ptr,
-        pairs,
-        pairs < num_pairs,
-        num_ids,
-        HAS_EXPERT_MAP,
+    experts = _experts_of(
+        pairs, topk_ids_ptr, expert_map_ptr, num_pairs, num_ids, HAS_EXPERT_MAP
     )
-    counts = tl.histogram(tl.where(experts < 0, num_experts, experts), BINS)
+    counts = _count(experts, num_experts, BINS)
     tl.store(counts_ptr + part * BINS + tl.arange(0, BINS), counts)
 
 
@@ -269,13 +274,8 @@ def align_kernel(
     first_pair = program * PART
     i = tl.arange(0, PART)
     pairs = first_pair + i
-    experts = local_experts(
-        topk_ids_ptr,
-        expert_map_ptr,
-        pairs,
-        pairs < num_pairs,
-        num_ids,
-        HAS_EXPERT_MAP,
+    experts = _experts_of(
+        pairs, topk_ids_ptr, expert_map_ptr, num_pairs, num_ids, HAS_EXPERT_MAP
     )
     bins = tl.arange(0, BINS)
     totals = tl.load(totals_ptr + bins)
@@ -287,11 +287,11 @@ def align_kernel(
     rows += tl.load(before_ptr + program * BINS + bin)
     for start in range(0, PART, 32):
         j = start + tl.arange(0, 32)
-        others = local_experts(
+        others = _experts_of(
+            first_pair + j,
             topk_ids_ptr,
             expert_map_ptr,
-            first_pair + j,
-            first_pair + j < num_pairs,
+            num_pairs,
             num_ids,
             HAS_EXPERT_MAP,
         )
