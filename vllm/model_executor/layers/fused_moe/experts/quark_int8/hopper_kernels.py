@@ -41,7 +41,7 @@ class _Layout(gl.NVMMASharedLayout):
     """A layout whose text is made once: Triton asks for it at each launch."""
 
     def __init__(self, layout: gl.NVMMASharedLayout) -> None:
-        vars(self).update(vars(layout), text=repr(layout))
+        self.__dict__.update(layout.__dict__, text=repr(layout))
 
     def __repr__(self) -> str:
         return self.text
