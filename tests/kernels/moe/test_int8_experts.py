@@ -384,7 +384,6 @@ def test_no_tokens() -> None:
 
 @interpreted
 @pytest.mark.needs_group("kernels")
-@pytest.mark.needs_patch("0035")
 def test_experts_write_the_layers_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no workspace to copy from."""
     case = Case()
