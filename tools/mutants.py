@@ -32,6 +32,10 @@ def install_without(*numbers: str) -> Path:
     return install(build_wheel(MUTANTS / "dist", numbers), "without", *numbers)
 
 
+# What tests say that a CPU without AVX-512 cannot run; others show the patch there.
+NO_INT8_OPS = "needs vLLM's INT8 kernels"
+
+
 def install_only(*numbers: str) -> Path:
     """Build the fork with these patches alone and those they depend on, likewise."""
     wheel = build_wheel(MUTANTS / "dist", only=numbers)
@@ -89,15 +93,18 @@ def run_tests(package: Path) -> tuple[set[str], dict[str, set[str]]]:
         name = f"{case.get('classname')}::{case.get('name')}"
         for wrong in ("error", "skipped"):
             if (found := case.find(wrong)) is not None:
+                if NO_INT8_OPS in (found.get("message") or ""):
+                    break
                 raise ForkError(
                     f"{name} neither passed nor failed: {found.get('message')}: "
                     f"{(found.text or '')[-2000:]}"
                 )
-        if case.find("failure") is not None:
-            failed.add(name)
-        for prop in case.iter("property"):
-            if prop.get("name") == "needs_patch":
-                marked.setdefault(prop.get("value", ""), set()).add(name)
+        else:
+            if case.find("failure") is not None:
+                failed.add(name)
+            for prop in case.iter("property"):
+                if prop.get("name") == "needs_patch":
+                    marked.setdefault(prop.get("value", ""), set()).add(name)
     return failed, marked
 
 
