@@ -167,10 +167,11 @@ def build(quark: dict[str, Any], **options: Any) -> Any:
 
 
 def process(layer: Any) -> None:
-    method = layer.quant_method
-    if method.weight_qscheme == "per_tensor" and method.static_input_scales:
-        skip_without_int8_ops()  # which quantizes the weights again
-    layer.quant_method.process_weights_after_loading(layer)
+    try:
+        layer.quant_method.process_weights_after_loading(layer)
+    except AttributeError:
+        skip_without_int8_ops()  # which quantize per-tensor weights again
+        raise
 
 
 def apply(layer: Any, x: Tensor, weights: Tensor, topk_ids: Tensor) -> Tensor:
