@@ -169,8 +169,9 @@ def build(quark: dict[str, Any], **options: Any) -> Any:
 def process(layer: Any) -> None:
     try:
         layer.quant_method.process_weights_after_loading(layer)
-    except AttributeError:
-        skip_without_int8_ops()  # which quantize per-tensor weights again
+    except AttributeError as error:
+        if "static_scaled_int8_quant" in str(error):  # of per-tensor weights
+            skip_without_int8_ops()
         raise
 
 
