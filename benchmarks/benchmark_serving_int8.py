@@ -12,7 +12,8 @@ and measures in parts, each of which may be a call of its own:
   the other, for a model that leaves no room for both
 - offline: loading and memory of an engine of each build, then `vllm bench latency` and
   `vllm bench throughput` of both in the same turns
-- profile: where the GPU time of a decode step and of a prefill goes; torch's memory
+- profile: where the GPU time of a decode step and of a prefill goes; torch's memory;
+  with --before of an earlier build of the fork too, each alone on the GPU
 
 Writes medians to OUT/<chip>/serving_int8.json (serving_int8_alone.json with --alone), a
 plot beside it, and the profile to docs/results, or to another OUT. Rows that are
@@ -26,7 +27,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +83,7 @@ PHASES = [
     {"prompt_tokens": 8192},
 ]
 # By these Triton kernels a build is known; each must have run its own alone.
-KERNELS = {"stock": {"fused_moe_kernel"}, "fork": {"w13_kernel", "w13_few_kernel"}}
+STOCKS, FORKS = {"fused_moe_kernel"}, {"w13_kernel", "w13_few_kernel"}
 Cell = dict[str, int]
 
 console = Console(width=140, log_path=False)
@@ -101,6 +102,7 @@ class Settings:
     prompt_tokens: Sequence[int] = PROMPT_TOKENS
     alone: bool = False  # each server has the GPU for itself
     fork_moe_backend: str | None = None  # where `auto` is not the fork's kernel
+    before: Build | None = None  # the fork before a change, for the profile
 
     @property
     def model(self) -> Path:
@@ -163,7 +165,7 @@ def engine_args(settings: Settings, build: Build) -> list[str]:
         "--no-enable-prefix-caching",
         *(
             ("--moe-backend", settings.fork_moe_backend)
-            if settings.fork_moe_backend and build.name == "fork"
+            if settings.fork_moe_backend and build.name != "stock"
             else ()
         ),
     ]
@@ -301,7 +303,8 @@ def measure_profile(settings: Settings, results: report.Results) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1",
     }
-    for build in settings.builds.values():
+    stock, fork = settings.builds.values()
+    for build in filter(None, (stock, settings.before, fork)):
         found: dict[str, Any] = {}
         with engine_job(settings, build, "profile", env) as one:
             for phase in PHASES:
@@ -322,17 +325,16 @@ def summary(said: dict[str, Any]) -> dict[str, Any]:
     return {name: said[name] for name in report.TIMES} | found
 
 
-def check_kernels(builds: dict[str, Build]) -> None:
+def check_kernels(builds: Iterable[Build]) -> None:
     """Each build has compiled its own kernels of the INT8 MoE and not the other's."""
-    for name, build in builds.items():
+    for build in builds:
         compiled = build.compiled_kernels()
-        [other] = set(KERNELS) - {name}
-        if not compiled & KERNELS[name] or compiled & KERNELS[other]:
+        own, other = (STOCKS, FORKS) if build.name == "stock" else (FORKS, STOCKS)
+        if not compiled & own or compiled & other:
             raise BenchmarkError(
-                f"{name}: expected one of the kernels {sorted(KERNELS[name])} and none "
-                f"of {sorted(KERNELS[other])} in {build.cache}, found "
-                f"{sorted(compiled & (KERNELS[name] | KERNELS[other]))}: is "
-                f"{build.folder} that build?"
+                f"{build.name}: expected one of the kernels {sorted(own)} and none of "
+                f"{sorted(other)} in {build.cache}, found "
+                f"{sorted(compiled & (own | other))}: is {build.folder} that build?"
             )
 
 
@@ -358,7 +360,10 @@ def measure(settings: Settings, parts: Sequence[str]) -> None:
         if part in parts:
             measure_part(settings, results)
             if torch.cuda.is_available():
-                check_kernels(settings.builds)
+                ran = [*settings.builds.values()]
+                if part == "profile" and settings.before:
+                    ran.append(settings.before)
+                check_kernels(ran)
             report.plot(results.result, results.path.with_suffix(".png"))
     for table in results.tables():
         console.print(table, highlight=False, markup=False)
@@ -380,6 +385,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--stock", type=Path, metavar="FOLDER")
     parser.add_argument("--fork", type=Path, metavar="FOLDER", help="if not installed")
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="FOLDER",
+        help="an earlier build of the fork, of which the profile is taken as well",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument(
         "--work",
@@ -422,7 +433,7 @@ def parse_args() -> argparse.Namespace:
     if not args.tables:
         if not args.stock:
             parser.error("--stock FOLDER: a stock build of vLLM to compare with")
-        for folder in filter(None, (args.stock, args.fork)):
+        for folder in filter(None, (args.stock, args.fork, args.before)):
             if not (folder / "vllm/__init__.py").exists():
                 parser.error(f"{folder}: expected a folder that holds vllm/")
     return args
@@ -438,9 +449,13 @@ def main() -> None:
         return
     end_on_signals()
     work = args.work.resolve()
-    folders = {"stock": args.stock, "fork": args.fork}
+
+    def build(name: str, folder: Path | None) -> Build:
+        return Build(name, folder, work / "cache" / name)
+
     settings = Settings(
-        builds={n: Build(n, f, work / "cache" / n) for n, f in folders.items()},
+        builds={"stock": build("stock", args.stock), "fork": build("fork", args.fork)},
+        before=build("before", args.before) if args.before else None,
         work=work,
         out=args.out,
         widths=Widths(layers=args.layers),

@@ -12,8 +12,10 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,7 +329,7 @@ def test_all_kernels_of_the_fork_are_known() -> None:
             found.setdefault(kind(name, in_head=False), set()).add(name)
     assert OTHER not in found
     assert len(found["INT8 MoE"]) > 8
-    assert found["INT8 MoE"] >= benchmark.KERNELS["fork"]
+    assert found["INT8 MoE"] >= benchmark.FORKS
     assert "router_kernel" in found["other linear layers"]
 
 
@@ -411,9 +413,9 @@ def test_trace_without_kernels_is_an_error() -> None:
 def test_builds_are_told_by_their_kernels(
     stock: str, fork: str, problem: str | None, tmp_path: Path
 ) -> None:
-    builds = {}
-    for name, kernels in (("stock", stock), ("fork", fork)):
-        builds[name] = Build(name, None, tmp_path / name)
+    builds = []
+    for name, kernels in (("stock", stock), ("fork", fork), ("before", "w13_kernel")):
+        builds.append(Build(name, None, tmp_path / name))
         (tmp_path / name / "triton/hash").mkdir(parents=True)
         for kernel in kernels.split():
             (tmp_path / name / f"triton/hash/{kernel}.json").touch()
@@ -422,6 +424,42 @@ def test_builds_are_told_by_their_kernels(
         return
     with pytest.raises(BenchmarkError, match=f"^{problem}: expected one of"):
         benchmark.check_kernels(builds)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_profile_of_a_build_before(
+    before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, each in the results by its name."""
+    running: list[str] = []
+
+    @contextmanager
+    def engine(_: Any, build: Build, *__: Any) -> Iterator[Any]:
+        assert not running, "two engines share the GPU"
+        running.append(build.name)
+        said = {"phase": build.name, "torch_gib": (2.0, 1.0)}
+        yield SimpleNamespace(ask=lambda **_: said)
+        running.clear()
+
+    monkeypatch.setattr(benchmark, "engine_job", engine)
+    monkeypatch.setattr(benchmark, "summary", dict)
+    monkeypatch.setattr(benchmark.torch.cuda, "is_available", lambda: True)
+    names = ["stock", "before", "fork"] if before else ["stock", "fork"]
+    builds = {name: Build(name, None, tmp_path) for name in names}
+    settings = benchmark.Settings(
+        builds={"stock": builds["stock"], "fork": builds["fork"]},
+        work=tmp_path,
+        out=tmp_path,
+        widths=Widths(),
+        before=builds.get("before"),
+    )
+    results = report.Results(
+        tmp_path / "rows.json", tmp_path / "profile.json", {"layers": 6}
+    )
+    benchmark.measure_profile(settings, results)
+    found = json.loads((tmp_path / "profile.json").read_text())
+    assert list(found["builds"]) == list(found["memory"]) == names
+    assert all(list(found["builds"][name]) == [name] for name in names)
 
 
 # Processes, with a vLLM that does nothing but start.
