@@ -144,6 +144,8 @@ def launches(
     triton_router.launch = qk_norm_rope.launch = record
     for width, num_tokens in itertools.product(WIDTHS, TOKENS):
         run_experts(architecture, num_tokens, TOPK, EXPERTS, EXPERTS, HIDDEN, width)
+    # Tiles of 64 pairs differ with the number of experts.
+    run_experts(architecture, 2048, TOPK, 288, 288, HIDDEN, WIDTHS[0])
     # A bias takes registers.
     for width in WIDTHS:
         run_experts(

@@ -272,6 +272,7 @@ class Interpreter:
     gl_NVMMADistributedLayout = gl_BlockedLayout = gl_SliceLayout = staticmethod(
         lambda *_: None
     )
+    gl_DistributedLinearLayout = gl_NVMMADistributedLayout
     gl_constexpr = staticmethod(lambda value: value)
     gl_cdiv = staticmethod(lambda a, b: (a + b - 1) // b)
     gl_convert_layout = staticmethod(lambda value, _: value)
@@ -361,8 +362,9 @@ class Interpreter:
                 self.program.unfenced.append(into)
         barrier.arrived.clear()
 
-    def expect(self, barrier: Barrier, num_bytes: int) -> None:
-        barrier.arrive(1, num_bytes)
+    def expect(self, barrier: Barrier, num_bytes: int, pred: Any = True) -> None:
+        if pred:
+            barrier.arrive(1, num_bytes)
 
     def arrive(self, barrier: Barrier, pred: Any = True) -> None:
         if pred:
@@ -373,8 +375,15 @@ class Interpreter:
         self.program.unfenced.clear()
 
     def copy_box(
-        self, box: Any, at: Sequence[Any], barrier: Barrier, into: Buffer
+        self,
+        box: Any,
+        at: Sequence[Any],
+        barrier: Barrier,
+        into: Buffer,
+        pred: Any = True,
     ) -> None:
+        if not pred:
+            return
         rows, columns = box.block_shape
         row, column = map(int, at)
         assert into.array.shape == (rows, columns) and row >= 0 and column >= 0

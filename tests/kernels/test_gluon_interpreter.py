@@ -63,7 +63,7 @@ def run_w2(module: ModuleType, programs: int = 2) -> bool:
     return torch.equal(y.double(), exact.float().double())
 
 
-def run_w13(module: ModuleType) -> bool:
+def run_w13(module: ModuleType, groups: int = 1) -> bool:
     """The same of the other kernel, whose threads copy; without an activation."""
     k, topk = STEPS * BLOCK - 16, 2
     pairs = 2 * BLOCK - 5
@@ -71,7 +71,7 @@ def run_w13(module: ModuleType) -> bool:
     x = torch.randint(-128, 128, (pairs, k), dtype=torch.int8)
     w = torch.randint(-128, 128, (1, 2 * BLOCK, k), dtype=torch.int8)
     h = torch.full((2 * BLOCK, BLOCK), torch.nan)
-    interpret(module)["w13_kernel"][(2,)](
+    interpret(module)["w13_kernel"][(3 - groups,)](
         x,
         torch.full((pairs,), 2.0**-20),
         box(w.view(-1, k)),
@@ -85,6 +85,7 @@ def run_w13(module: ModuleType) -> bool:
         BLOCK,
         k,
         topk,
+        GROUPS=groups,
         SWIGLUSTEP_LIMIT=None,
         **OPTIONS,
     )
@@ -106,16 +107,19 @@ def changed(tmp_path: Path, old: str, new: str) -> ModuleType:
 def test_right_kernels_are_right() -> None:
     assert run_w2(hopper_kernels) and run_w13(hopper_kernels)
     assert run_w2(hopper_kernels, programs=7)
+    assert run_w13(hopper_kernels, groups=2)
 
 
 # What is changed in the kernels, and what is said of it.
 FREE = "mbarrier.arrive(free.index((step + STAGES - 1) % STAGES)"
+NEXT = (
+    "    if GROUPS == 2:\n        mbarrier.arrive(ready.index(1 - GROUP))\n"
+    "    sums = warpgroup_mma_wait(0, deps=(sums,))\n    "
+)
 MISTAKES = {
     "a buffer is freed while it is read": (
-        f"{FREE}, pred=k > 0)\n        step += 1\n"
-        f"    sums = warpgroup_mma_wait(0, deps=(sums,))\n    {FREE})",
-        "mbarrier.arrive(free.index(step % STAGES))\n        step += 1\n"
-        "    sums = warpgroup_mma_wait(0, deps=(sums,))",
+        f"{FREE}, pred=k > 0)\n        step += 1\n{NEXT}{FREE})",
+        f"mbarrier.arrive(free.index(step % STAGES))\n        step += 1\n{NEXT}pass",
         "wrong",
     ),
     "a buffer is never freed": (f"{FREE}, pred=k > 0)", "pass", "deadlock"),
@@ -128,6 +132,21 @@ MISTAKES = {
         "mbarrier.wait(free.index(buffer), step // STAGES & 1 ^ 1)",
         "pass",
         "deadlock|more arrive|wrong",
+    ),
+    "a group does not wait for its turn": (
+        "mbarrier.wait(ready.index(GROUP), turn // 2 + 1 + GROUP & 1)",
+        "pass",
+        "wrong|deadlock",
+    ),
+    "a group is not told of its turn": (
+        "mbarrier.arrive(ready.index(1 - GROUP))",
+        "pass",
+        "deadlock",
+    ),
+    "a group takes the other's turn": (
+        "turn // 2 + 1 + GROUP & 1",
+        "turn // 2 + GROUP & 1",
+        "deadlock|wrong",
     ),
     "a phase is taken for the other": (
         "step // STAGES & 1 ^ 1",

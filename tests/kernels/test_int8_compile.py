@@ -32,8 +32,8 @@ SPILLS = {
 # Of Gluon's w13, without and with a bias per channel: once a tile, between two
 # products. Of narrow experts two programs share the registers.
 _VERSION = ".".join(triton.__version__.split(".")[:2])
-W13_SPILLS = {"3.6": (0, 424), "3.7": (0, 448)}[_VERSION]
-NARROW_W13_SPILLS = {"3.6": (8, 184), "3.7": (0, 136)}[_VERSION]
+W13_SPILLS = {"3.6": (0, 320), "3.7": (0, 328)}[_VERSION]
+NARROW_W13_SPILLS = {"3.6": (0, 72), "3.7": (0, 104)}[_VERSION]
 # Triton takes Ampere's instruction on Blackwell as well: no int8 of tcgen05's.
 _MMA_S8 = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
 PRODUCT = {

@@ -72,7 +72,12 @@ NARROW = Config(
 HOPPER = Config(
     128,
     Product(128, 32, 8, 3, persistent=True),
-    Product(64, 32, 4, 2, tma_w=True, tma_a=True, persistent=True, ctas_per_sm=2),
+    Product(64, 32, 4, 2, tma_w=True, tma_a=True, persistent=True, groups=2),
+)
+# Two programs on a multiprocessor, and two groups of warps in one.
+HOPPER_TWO = replace(HOPPER, w13=Product(64, 32, 4, 2, persistent=True, ctas_per_sm=2))
+HOPPER_TURNS = replace(
+    HOPPER, block_size_m=64, w13=Product(64, 32, 4, 3, persistent=True, groups=2)
 )
 NARROW_WIDE = Config(32, Product(64, 32), Product(32, 256, blocks=2))
 FEW = FewConfig(8, 4, 1, 0, 4, 4, 1, 0)
@@ -86,6 +91,8 @@ CONFIGS: dict[str, Config | FewConfig] = {
     "narrow": NARROW,
     "narrow-wide": NARROW_WIDE,
     "hopper": HOPPER,
+    "hopper-two": HOPPER_TWO,
+    "hopper-turns": HOPPER_TURNS,
     "few": FEW,
     "few-turns": FEW_TURNS,
 }
@@ -509,10 +516,11 @@ def test_table_covers_every_shape() -> None:
             "hopper", Shape(num_tokens, topk, num_ids, num_experts, 4096, width)
         )
 
-    def is_persistent(*shape: int) -> bool:
+    def persistent_size(*shape: int) -> int:
+        """Pairs of a tile of programs that stay, or 0."""
         config = choose(*shape)
         assert isinstance(config, Config)
-        return config.w2.persistent
+        return config.block_size_m if config.w2.persistent else 0
 
     for num_tokens in (1, 16, 512, 65536 * 4):
         for num_ids in (1, 8, 288, 512):
@@ -522,12 +530,15 @@ def test_table_covers_every_shape() -> None:
                     continue
                 assert config.block_size_m in (8, 16, 32, 64, 128)
                 assert not config.w2.blocks or width <= config.w2.block_size_k
-    # Pairs enough to fill a tile of 128: of all ranks, for each of their experts.
-    assert not is_persistent(256, 8, 36, 1280)
-    assert is_persistent(512, 8, 36, 1280)
-    assert not is_persistent(2048, 8, 288, 1280)
-    assert is_persistent(4096, 8, 288, 1280, 36)
-    assert is_persistent(512, 2, 8, 14336)
+    # Pairs enough to fill a tile of 128: of all ranks, for each of their experts. Of
+    # few experts of this rank, those of 64.
+    assert persistent_size(64, 8, 36, 1280) == 0
+    assert persistent_size(256, 8, 36, 1280) == 64
+    assert persistent_size(512, 8, 36, 1280) == 128
+    assert persistent_size(2048, 8, 288, 1280) == 0
+    assert persistent_size(2048, 8, 288, 1280, 36) == 64
+    assert persistent_size(4096, 8, 288, 1280, 36) == 128
+    assert persistent_size(512, 2, 8, 14336) == 128
     assert isinstance(choose(4, 8, 288, 1280), FewConfig)
     assert isinstance(choose(5, 8, 288, 1280), Config)
     # Two tokens of 36 experts have many in common.

@@ -7,7 +7,8 @@ pipeliner lets products overlap only where they are float32. Gluon, Triton's low
 level, leaves it to the kernel. Here some warps copy tiles to shared memory, as far
 ahead as its `STAGES` buffers allow, and others multiply, of which one product is always
 on its way. Programs stay and take tiles in turn, so that the copies for the next tile
-run while results are written.
+run while results are written. With two groups of warps that multiply, each takes every
+other tile, so that one multiplies while the other writes results.
 
 Tiles, arguments and results are those of `w13_kernel` and `w2_kernel` in
 product_kernels.py, to the bit.
@@ -35,6 +36,8 @@ GATHER_WARPS = gl.constexpr(4)
 GATHER_REGISTERS = gl.constexpr(56)
 COPY_WARPS = gl.constexpr(1)
 COPY_REGISTERS = gl.constexpr(24)
+# Of the second group of warps that multiplies; the first has what is left.
+GROUP_REGISTERS = gl.constexpr(224)
 
 
 class _Layout(gl.NVMMASharedLayout):
@@ -90,7 +93,8 @@ def _buffers(
     STAGES: gl.constexpr,
     ARRIVALS: gl.constexpr,
 ):
-    """Buffers of both operands, and barriers: a buffer is full, or may be filled.
+    """Buffers of both operands, and barriers: a buffer is full, or may be filled, or a
+    group may multiply.
 
     ARRIVALS make a buffer full, beside the bytes that they announce.
     """
@@ -104,7 +108,10 @@ def _buffers(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=ARRIVALS)
         mbarrier.init(free.index(i), count=1)
-    return a, w, full, free
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for group in gl.static_range(2):
+        mbarrier.init(ready.index(group), count=1)
+    return a, w, full, free, ready
 
 
 @gluon.constexpr_function
@@ -116,12 +123,11 @@ def _sums_layout(columns: int, num_warps: int) -> gl.NVMMADistributedLayout:
 
 @gluon.jit
 def _multiply(
-    a,
-    w,
-    full,
-    free,
-    step,
+    buffers,
+    turn,
     size_k,
+    GROUP: gl.constexpr,
+    GROUPS: gl.constexpr,
     BLOCK_SIZE_M: gl.constexpr,
     BLOCK_SIZE_W: gl.constexpr,
     BLOCK_SIZE_K: gl.constexpr,
@@ -129,14 +135,22 @@ def _multiply(
     NUM_WARPS: gl.constexpr,
     GATHERED: gl.constexpr,
 ):
-    """The next tile's sums, [BLOCK_SIZE_M, BLOCK_SIZE_W] int32, and the number of steps
-    so far.
+    """The sums, [BLOCK_SIZE_M, BLOCK_SIZE_W] int32, of the program's tile `turn`.
 
     A buffer is free again when the product that reads it has ended, one step later.
+
+    Two groups take tiles in turn. A group begins when the other one has asked for its
+    last product, since buffers are filled in the order of tiles. It must not look at
+    them before: a barrier tells an even number of fillings from an odd one, no more.
     """
+    a, w, full, free, ready = buffers
     sums = gl.zeros(
         [BLOCK_SIZE_M, BLOCK_SIZE_W], gl.int32, _sums_layout(BLOCK_SIZE_W, NUM_WARPS)
     )
+    step = turn * gl.cdiv(size_k, BLOCK_SIZE_K)
+    if GROUPS == 2:
+        # The first group's first wait is for the phase before the first: it has ended.
+        mbarrier.wait(ready.index(GROUP), turn // 2 + 1 + GROUP & 1)
     for k in range(0, size_k, BLOCK_SIZE_K):
         buffer = step % STAGES
         mbarrier.wait(full.index(buffer), step // STAGES & 1)
@@ -147,9 +161,11 @@ def _multiply(
         sums = warpgroup_mma_wait(1, deps=(sums,))
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > 0)
         step += 1
+    if GROUPS == 2:
+        mbarrier.arrive(ready.index(1 - GROUP))
     sums = warpgroup_mma_wait(0, deps=(sums,))
     mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
-    return sums, step
+    return sums
 
 
 @gluon.jit
@@ -212,10 +228,15 @@ def _scale(
 
 
 @gluon.constexpr_function
-def _lines(columns: int, num_warps: int) -> gl.BlockedLayout:
-    """Of rows of so many columns: each thread has eight, a warp whole rows."""
-    threads = min(columns // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // threads, threads], [num_warps, 1], [1, 0])
+def _quads(rows: int, columns: int, num_warps: int) -> gl.DistributedLinearLayout:
+    """Of a tile: four threads have the columns that they have in `_sums_layout`, but
+    each has eight on end, 16 bytes."""
+    in_thread = [[0, 1], [0, 2], [0, 4], [8, 0]]
+    in_thread += [[0, column] for column in (32, 64, 128) if column < columns]
+    in_thread += [[row, 0] for row in (32, 64) if 16 * num_warps <= row < rows]
+    in_warp = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    warps = [[row, 0] for row in (16, 32, 64) if row < 16 * num_warps]
+    return gl.DistributedLinearLayout(in_thread, in_warp, warps, [], [rows, columns])
 
 
 @gluon.jit
@@ -228,10 +249,7 @@ def _halves(x, M: gl.constexpr, N: gl.constexpr):
 def _copy_w13(
     xq_ptr,
     w13,
-    a,
-    w,
-    full,
-    free,
+    buffers,
     sorted_pairs_ptr,
     tile_experts_ptr,
     num_tiles,
@@ -244,6 +262,7 @@ def _copy_w13(
     BLOCK_SIZE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    a, w, full, free, _ = buffers
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [GATHER_WARPS, 1], [1, 0])
     k = gl.arange(0, BLOCK_SIZE_K, gl.SliceLayout(0, layout))
     num_n = gl.cdiv(size_n, BLOCK_SIZE_N)
@@ -282,10 +301,8 @@ def _copy_w13(
 
 @gluon.jit
 def _multiply_w13(
-    a,
-    w,
-    full,
-    free,
+    GROUP: gl.constexpr,
+    buffers,
     x_scale_ptr,
     w13_scale_ptr,
     bias_ptr,
@@ -297,6 +314,7 @@ def _multiply_w13(
     size_n,
     size_k,
     topk,
+    GROUPS: gl.constexpr,
     BLOCK_SIZE_M: gl.constexpr,
     BLOCK_SIZE_N: gl.constexpr,
     BLOCK_SIZE_K: gl.constexpr,
@@ -307,10 +325,11 @@ def _multiply_w13(
     SWIGLUSTEP_LIMIT: gl.constexpr,
 ):
     layout: gl.constexpr = _sums_layout(2 * BLOCK_SIZE_N, NUM_WARPS)
-    wide: gl.constexpr = _lines(BLOCK_SIZE_N, NUM_WARPS)
+    wide: gl.constexpr = _quads(BLOCK_SIZE_M, BLOCK_SIZE_N, NUM_WARPS)
     num_n = gl.cdiv(size_n, BLOCK_SIZE_N)
-    step = 0
-    for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
+    turn = GROUP
+    first = gl.program_id(0) + GROUP * gl.num_programs(0)
+    for i in range(first, num_tiles * num_n, GROUPS * gl.num_programs(0)):
         tile = i // num_n
         n0 = i % num_n * BLOCK_SIZE_N
         # What sums are multiplied by is asked for before it is needed.
@@ -327,13 +346,12 @@ def _multiply_w13(
         rows, _, is_row = _pairs_of(
             tile, sorted_pairs_ptr, num_pairs, BLOCK_SIZE_M, wide
         )
-        sums, step = _multiply(
-            a,
-            w,
-            full,
-            free,
-            step,
+        sums = _multiply(
+            buffers,
+            turn,
             size_k,
+            GROUP,
+            GROUPS,
             BLOCK_SIZE_M,
             2 * BLOCK_SIZE_N,
             BLOCK_SIZE_K,
@@ -341,6 +359,7 @@ def _multiply_w13(
             NUM_WARPS,
             True,
         )
+        turn += GROUPS
         both = _scale(
             sums,
             x_scale,
@@ -383,6 +402,7 @@ def w13_kernel(
     BLOCK_SIZE_K: gl.constexpr,
     STAGES: gl.constexpr,
     NUM_WARPS: gl.constexpr,
+    GROUPS: gl.constexpr,
     PER_CHANNEL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     SWIGLUSTEP_LIMIT: gl.constexpr,
@@ -390,79 +410,153 @@ def w13_kernel(
 ):
     """`product_kernels.w13_kernel`; w13 is a TMA descriptor, BLOCK_SIZE_N rows a box.
 
-    NUM_WARPS multiply, GATHER_WARPS copy.
+    NUM_WARPS multiply, or two GROUPS of so many; GATHER_WARPS copy.
     """
     _wait_for_inputs(PDL)
-    a, w, full, free = _buffers(
+    buffers = _buffers(
         BLOCK_SIZE_M, 2 * BLOCK_SIZE_N, BLOCK_SIZE_K, STAGES, 1 + 32 * GATHER_WARPS
     )
     num_tiles = gl.load(num_tiles_ptr)
-    gl.warp_specialize(
-        [
-            (
-                _multiply_w13,
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
                 (
-                    a,
-                    w,
-                    full,
-                    free,
-                    x_scale_ptr,
-                    w13_scale_ptr,
-                    bias_ptr,
-                    sorted_pairs_ptr,
-                    tile_experts_ptr,
-                    num_tiles,
-                    h_ptr,
-                    num_pairs,
-                    size_n,
-                    size_k,
-                    topk,
-                    BLOCK_SIZE_M,
-                    BLOCK_SIZE_N,
-                    BLOCK_SIZE_K,
-                    STAGES,
-                    NUM_WARPS,
-                    PER_CHANNEL,
-                    HAS_BIAS,
-                    SWIGLUSTEP_LIMIT,
+                    _multiply_w13,
+                    (
+                        0,
+                        buffers,
+                        x_scale_ptr,
+                        w13_scale_ptr,
+                        bias_ptr,
+                        sorted_pairs_ptr,
+                        tile_experts_ptr,
+                        num_tiles,
+                        h_ptr,
+                        num_pairs,
+                        size_n,
+                        size_k,
+                        topk,
+                        GROUPS,
+                        BLOCK_SIZE_M,
+                        BLOCK_SIZE_N,
+                        BLOCK_SIZE_K,
+                        STAGES,
+                        NUM_WARPS,
+                        PER_CHANNEL,
+                        HAS_BIAS,
+                        SWIGLUSTEP_LIMIT,
+                    ),
                 ),
-            ),
-            (
-                _copy_w13,
                 (
-                    xq_ptr,
-                    w13,
-                    a,
-                    w,
-                    full,
-                    free,
-                    sorted_pairs_ptr,
-                    tile_experts_ptr,
-                    num_tiles,
-                    num_pairs,
-                    size_n,
-                    size_k,
-                    topk,
-                    BLOCK_SIZE_M,
-                    BLOCK_SIZE_N,
-                    BLOCK_SIZE_K,
-                    STAGES,
+                    _multiply_w13,
+                    (
+                        1,
+                        buffers,
+                        x_scale_ptr,
+                        w13_scale_ptr,
+                        bias_ptr,
+                        sorted_pairs_ptr,
+                        tile_experts_ptr,
+                        num_tiles,
+                        h_ptr,
+                        num_pairs,
+                        size_n,
+                        size_k,
+                        topk,
+                        GROUPS,
+                        BLOCK_SIZE_M,
+                        BLOCK_SIZE_N,
+                        BLOCK_SIZE_K,
+                        STAGES,
+                        NUM_WARPS,
+                        PER_CHANNEL,
+                        HAS_BIAS,
+                        SWIGLUSTEP_LIMIT,
+                    ),
                 ),
-            ),
-        ],
-        [GATHER_WARPS],
-        [GATHER_REGISTERS],
-    )
+                (
+                    _copy_w13,
+                    (
+                        xq_ptr,
+                        w13,
+                        buffers,
+                        sorted_pairs_ptr,
+                        tile_experts_ptr,
+                        num_tiles,
+                        num_pairs,
+                        size_n,
+                        size_k,
+                        topk,
+                        BLOCK_SIZE_M,
+                        BLOCK_SIZE_N,
+                        BLOCK_SIZE_K,
+                        STAGES,
+                    ),
+                ),
+            ],
+            [NUM_WARPS, GATHER_WARPS],
+            [GROUP_REGISTERS, GATHER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _multiply_w13,
+                    (
+                        0,
+                        buffers,
+                        x_scale_ptr,
+                        w13_scale_ptr,
+                        bias_ptr,
+                        sorted_pairs_ptr,
+                        tile_experts_ptr,
+                        num_tiles,
+                        h_ptr,
+                        num_pairs,
+                        size_n,
+                        size_k,
+                        topk,
+                        GROUPS,
+                        BLOCK_SIZE_M,
+                        BLOCK_SIZE_N,
+                        BLOCK_SIZE_K,
+                        STAGES,
+                        NUM_WARPS,
+                        PER_CHANNEL,
+                        HAS_BIAS,
+                        SWIGLUSTEP_LIMIT,
+                    ),
+                ),
+                (
+                    _copy_w13,
+                    (
+                        xq_ptr,
+                        w13,
+                        buffers,
+                        sorted_pairs_ptr,
+                        tile_experts_ptr,
+                        num_tiles,
+                        num_pairs,
+                        size_n,
+                        size_k,
+                        topk,
+                        BLOCK_SIZE_M,
+                        BLOCK_SIZE_N,
+                        BLOCK_SIZE_K,
+                        STAGES,
+                    ),
+                ),
+            ],
+            [GATHER_WARPS],
+            [GATHER_REGISTERS],
+        )
 
 
 @gluon.jit
 def _copy_w2(
     hq,
     w2,
-    a,
-    w,
-    full,
-    free,
+    buffers,
     tile_experts_ptr,
     num_tiles,
     size_n,
@@ -474,6 +568,7 @@ def _copy_w2(
     BLOCK_SIZE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    a, w, full, free, _ = buffers
     num_n = gl.cdiv(end_n - first_n, BLOCK_SIZE_N)
     step = 0
     tile = _tile_of(gl.program_id(0), num_n, num_tiles)
@@ -496,10 +591,8 @@ def _copy_w2(
 
 @gluon.jit
 def _multiply_w2(
-    a,
-    w,
-    full,
-    free,
+    GROUP: gl.constexpr,
+    buffers,
     h_scale_ptr,
     w2_scale_ptr,
     bias_ptr,
@@ -523,10 +616,11 @@ def _multiply_w2(
     APPLY_ROUTER_WEIGHT: gl.constexpr,
 ):
     layout: gl.constexpr = _sums_layout(BLOCK_SIZE_N, NUM_WARPS)
-    wide: gl.constexpr = _lines(BLOCK_SIZE_N // 2, NUM_WARPS)
+    wide: gl.constexpr = _quads(BLOCK_SIZE_M, BLOCK_SIZE_N, NUM_WARPS)
     num_n = gl.cdiv(end_n - first_n, BLOCK_SIZE_N)
-    step = 0
-    for i in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
+    turn = GROUP
+    first = gl.program_id(0) + GROUP * gl.num_programs(0)
+    for i in range(first, num_tiles * num_n, 2 * gl.num_programs(0)):
         tile = i // num_n
         n0 = first_n + i % num_n * BLOCK_SIZE_N
         expert = gl.load(tile_experts_ptr + tile).to(gl.int64)
@@ -545,13 +639,12 @@ def _multiply_w2(
         _, pairs, is_row = _pairs_of(
             tile, sorted_pairs_ptr, num_pairs, BLOCK_SIZE_M, wide
         )
-        sums, step = _multiply(
-            a,
-            w,
-            full,
-            free,
-            step,
+        sums = _multiply(
+            buffers,
+            turn,
             size_k,
+            GROUP,
+            2,
             BLOCK_SIZE_M,
             BLOCK_SIZE_N,
             BLOCK_SIZE_K,
@@ -559,6 +652,7 @@ def _multiply_w2(
             NUM_WARPS,
             False,
         )
+        turn += 2
         y = _scale(
             sums,
             h_scale,
@@ -573,14 +667,10 @@ def _multiply_w2(
             y *= _along_a(weight)
         y = y.to(y_ptr.dtype.element_ty)
         y_rows = y_ptr + _along_a(pairs.to(gl.int64) * (end_n - first_n))
-        # In halves, which need half the shared memory to be put in lines.
-        left, right = _halves(y, BLOCK_SIZE_M, BLOCK_SIZE_N)
-        for half in gl.static_range(2):
-            y_half = gl.convert_layout(right if half else left, wide)
-            n = n0 + half * (BLOCK_SIZE_N // 2)
-            n += gl.arange(0, BLOCK_SIZE_N // 2, gl.SliceLayout(0, wide))
-            mask = _along_a(is_row) & _along_w(n < end_n)
-            gl.store(y_rows + _along_w(n - first_n), y_half, mask=mask)
+        y = gl.convert_layout(y, wide)
+        n = n0 + gl.arange(0, BLOCK_SIZE_N, gl.SliceLayout(0, wide))
+        mask = _along_a(is_row) & _along_w(n < end_n)
+        gl.store(y_rows + _along_w(n - first_n), y, mask=mask)
 
 
 @gluon.jit(do_not_specialize=["num_pairs"])
@@ -613,20 +703,46 @@ def w2_kernel(
     """`product_kernels.w2_kernel`; hq and w2 are TMA descriptors, BLOCK_SIZE_M and
     BLOCK_SIZE_N rows.
 
-    NUM_WARPS multiply, COPY_WARPS copy.
+    Two groups of NUM_WARPS multiply, COPY_WARPS copy.
     """
     _wait_for_inputs(PDL)
-    a, w, full, free = _buffers(BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, STAGES, 1)
+    buffers = _buffers(BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, STAGES, 1)
     num_tiles = gl.load(num_tiles_ptr)
     gl.warp_specialize(
         [
             (
                 _multiply_w2,
                 (
-                    a,
-                    w,
-                    full,
-                    free,
+                    0,
+                    buffers,
+                    h_scale_ptr,
+                    w2_scale_ptr,
+                    bias_ptr,
+                    topk_weights_ptr,
+                    sorted_pairs_ptr,
+                    tile_experts_ptr,
+                    num_tiles,
+                    y_ptr,
+                    num_pairs,
+                    size_n,
+                    size_k,
+                    first_n,
+                    end_n,
+                    BLOCK_SIZE_M,
+                    BLOCK_SIZE_N,
+                    BLOCK_SIZE_K,
+                    STAGES,
+                    NUM_WARPS,
+                    PER_CHANNEL,
+                    HAS_BIAS,
+                    APPLY_ROUTER_WEIGHT,
+                ),
+            ),
+            (
+                _multiply_w2,
+                (
+                    1,
+                    buffers,
                     h_scale_ptr,
                     w2_scale_ptr,
                     bias_ptr,
@@ -655,10 +771,7 @@ def w2_kernel(
                 (
                     hq,
                     w2,
-                    a,
-                    w,
-                    full,
-                    free,
+                    buffers,
                     tile_experts_ptr,
                     num_tiles,
                     size_n,
@@ -672,6 +785,6 @@ def w2_kernel(
                 ),
             ),
         ],
-        [COPY_WARPS],
-        [COPY_REGISTERS],
+        [NUM_WARPS, COPY_WARPS],
+        [GROUP_REGISTERS, COPY_REGISTERS],
     )

@@ -214,7 +214,9 @@ def _apply_w13(
     """The first product and the activation, to h [tiles * BLOCK_SIZE_M, N]."""
     product, width, hidden_size = config.w13, experts.width, experts.hidden_size
     if product.persistent:
-        kernel, options = _hopper().w13_kernel, _persistent_options(product)
+        assert product.groups in (1, 2)
+        kernel = _hopper().w13_kernel
+        options = _persistent_options(product) | dict(GROUPS=product.groups)
         w13 = _hopper().make_tma_descriptor(
             experts.w13.view(-1, hidden_size),
             product.block_size_w // 2,
@@ -293,6 +295,7 @@ def _apply_w2(
     num_columns = y.shape[1]
     columns_a_program = product.block_size_w
     if product.persistent:
+        assert product.groups == 2
         kernel, options = _hopper().w2_kernel, _persistent_options(product)
         make_tma_descriptor = _hopper().make_tma_descriptor
     else:

@@ -58,9 +58,11 @@ class Product:
     # K; w2 alone, of experts no wider than block_size_k. 0: steps over K.
     blocks: int = 0
     # The kernels of hopper_kernels.py, with num_stages buffers: programs stay and take
-    # tiles in turn, `ctas_per_sm` of them on a multiprocessor.
+    # tiles in turn, `ctas_per_sm` of them on a multiprocessor. In each, `groups` of
+    # num_warps multiply: one, or two (always in w2) that take tiles of it in turn.
     persistent: bool = False
     ctas_per_sm: int = 1
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,8 @@ def _same(block_size_m: int, product: Product) -> Config:
 _THIN = Product(64, 256, 4, 3, swap_ab=True, tma_w=True)
 _LONG = replace(_THIN, num_stages=4)
 _MANY_W13 = Product(256, 128, 8, 4, tma_w=True, persistent=True)
-_MANY_W2 = Product(
-    128, 128, 4, 3, tma_w=True, tma_a=True, persistent=True, ctas_per_sm=2
-)
+_TURNS_W13 = Product(128, 128, 4, 6, tma_w=True, persistent=True, groups=2)
+_TURNS_W2 = replace(_TURNS_W13, tma_a=True)
 _HOPPER = (
     (2, Config(8, replace(_LONG, block_size_k=512), _THIN, pdl=True)),
     (8, Config(16, _LONG, _THIN, pdl=True)),
@@ -120,18 +121,27 @@ _HOPPER = (
             pdl=True,
         ),
     ),
-    (128, Config(128, _MANY_W13, _MANY_W2, pdl=True)),
-    (float("inf"), Config(128, _MANY_W13, _MANY_W2)),
+    (128, Config(128, _MANY_W13, _TURNS_W2, pdl=True)),
+    (float("inf"), Config(128, _MANY_W13, _TURNS_W2)),
+)
+# Of few experts the weights are soon read, so that the start and the end of programs
+# weigh: programs stay from fewer pairs on.
+_FEW_EXPERTS = 128
+_HOPPER_FEW_EXPERTS = (
+    *_HOPPER[:3],
+    (60, Config(64, _TURNS_W13, _TURNS_W2, pdl=True)),
+    *_HOPPER[4:],
 )
 # Experts of 256 columns or fewer: w2 has but one step, and tiles of 256 rows of w13
 # would reach far beyond the width.
 _NARROW_W2 = Product(128, 256, 4, 3, swap_ab=True, tma_w=True, blocks=4)
+_NARROW_W13 = Product(128, 128, 4, 3, tma_w=True, persistent=True, ctas_per_sm=2)
 _NARROW_WIDE_W2 = Product(64, 256, 4, 4, tma_w=True, blocks=16)
 _HOPPER_NARROW = (
     (10, Config(16, _LONG, _NARROW_W2, pdl=True)),
     (30, Config(32, _LONG, _NARROW_W2, pdl=True)),
-    (60, Config(64, replace(_THIN, block_size_w=128), _NARROW_WIDE_W2)),
-    (float("inf"), Config(128, replace(_MANY_W2, tma_a=False), _NARROW_WIDE_W2)),
+    (60, Config(64, _TURNS_W13, _NARROW_WIDE_W2)),
+    (float("inf"), Config(128, _NARROW_W13, _NARROW_WIDE_W2)),
 )
 # 99 KiB of shared memory (compute capability 8.6 and 8.9) must hold num_stages tiles.
 _CUDA = (
@@ -180,6 +190,8 @@ def choose_config(architecture: Architecture, shape: Shape) -> Config | FewConfi
     pairs_per_expert = shape.num_pairs / shape.num_ids
     if architecture == "hopper" and shape.intermediate_size <= 256:
         table = _HOPPER_NARROW
+    elif architecture == "hopper" and shape.num_experts <= _FEW_EXPERTS:
+        table = _HOPPER_FEW_EXPERTS
     return next(config for most, config in table if pairs_per_expert <= most)
 
 
