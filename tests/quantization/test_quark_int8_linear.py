@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import vllm._custom_ops as ops
 from packaging.version import Version
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -40,6 +41,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
     record_metadata_for_reloading,
 )
+from vllm.platforms import current_platform
 
 from tests.quantization.utils import (
     poison,
@@ -323,9 +325,18 @@ def random_weights(kind: Kind, per_channel: bool, rng: torch.Generator) -> dict:
 @pytest.mark.parametrize("columns", [VECTOR_ON_DISK, COLUMN_ON_DISK])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero_point"])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "cpu", [None, pytest.param("AVX2", marks=pytest.mark.needs_group("cpu"))]
+)
 @each_kind
-def test_per_channel_product(kind, static, symmetric, columns, quark_dict, rng):
-    if not symmetric:
+def test_per_channel_product(
+    kind, cpu, static, symmetric, columns, quark_dict, rng, monkeypatch
+):
+    if cpu and not current_platform.is_cpu():
+        pytest.skip("needs a vLLM built for CPUs")
+    if cpu:  # vLLM's build for it has no INT8 kernel
+        monkeypatch.setattr(ops, "_supports_onednn", False)
+    elif not symmetric:
         skip_without_int8_ops()
     quark = quark_dict(static=static, symmetric=symmetric)
     weights = random_weights(kind, per_channel=True, rng=rng)

@@ -36,6 +36,7 @@ from vllm.model_executor.layers.quantization.utils.cpu_int8_utils import (
     has_exact_int8_dot,
     int8_mm,
     per_token_quant_int8,
+    per_token_quant_int8_asymmetric,
     static_per_tensor_quant_int8,
 )
 from vllm.platforms import PlatformEnum, current_platform
@@ -143,6 +144,57 @@ def test_static_quant_equals_upstream_kernel(rng):
     assert torch.equal(row_scale, torch.full((9, 1), 0.5))
 
 
+@given(
+    st_numpy.arrays(
+        np.float32,
+        st_numpy.array_shapes(min_dims=2, max_dims=2, max_side=17),
+        elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
+    )
+)
+def test_asymmetric_quant_is_within_half_a_step(x):
+    """Of 1/255 of the row's range; a row of equal numbers is held by one step."""
+    x_q, scale, zero_point = per_token_quant_int8_asymmetric(torch.from_numpy(x))
+    assert (x_q.dtype, scale.dtype, zero_point.dtype) == (
+        torch.int8,
+        torch.float32,
+        torch.int32,
+    )
+    assert scale.shape == zero_point.shape == (len(x), 1)
+    exact = x.astype(np.float64)
+    held = (x_q.double() - zero_point.double()) * scale.double()
+    error = np.abs(held.numpy() - exact).max(axis=1)
+    span, absmax = np.ptp(exact, axis=1), np.abs(exact).max(axis=1)
+    is_equal = span <= absmax * 2**-12
+    # The zero point and x / scale are as exact as float32 has them.
+    step = span / 255 * (0.5 + 255 * absmax / np.maximum(span, 1e-30) * 2**-22)
+    assert (error <= np.where(is_equal, absmax * 2**-12 + 1e-11, step)).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -2.5, 1e-20])
+def test_asymmetric_quant_of_equal_numbers(value):
+    x_q, scale, zero_point = per_token_quant_int8_asymmetric(torch.full((2, 5), value))
+    held = (x_q.double() - zero_point) * scale.double()
+    assert held.sub(value).abs().max() <= abs(value) * 1e-6 + 1e-12
+
+
+@pytest.mark.skipif(
+    not ops._supports_onednn,
+    reason="needs dynamic_scaled_int8_quant: vLLM's AVX2 build lacks it",
+)
+def test_asymmetric_quant_equals_upstream_kernel(rng):
+    x = torch.randn(99, 96, generator=rng) + 3 * torch.randn(99, 1, generator=rng)
+    expected = ops.onednn_scaled_int8_quant(x, None, None, False)
+    for found, upstreams in zip(
+        per_token_quant_int8_asymmetric(x), expected, strict=True
+    ):
+        assert torch.equal(found, upstreams.view_as(found))
+    scale, zero_point = torch.tensor(0.03), torch.tensor(-17, dtype=torch.int32)
+    expected_q, _, _ = ops.onednn_scaled_int8_quant(x, scale, zero_point, False)
+    x_q, _ = static_per_tensor_quant_int8(x, scale, zero_point)
+    assert torch.equal(x_q, expected_q)
+    assert x_q.min() == -128 and x_q.max() == 127  # it saturates
+
+
 # --- products ---
 
 PRODUCTS: dict[str, Any] = {
@@ -229,14 +281,21 @@ def test_product_is_exact_on(isa):
 NAMES = ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"]
 WIDTHS = [24, 8]  # of a fused layer's two parts
 OUT_FEATURES, IN_FEATURES = sum(WIDTHS), 40
+INPUT_SCALES, ZERO_POINTS = [0.02, 0.015], [-100, 90]  # of each part, where static
 
 
 def make_linear(
-    rng: torch.Generator, channelwise: bool, static: bool, column: bool = True
+    rng: torch.Generator,
+    channelwise: bool,
+    static: bool,
+    column: bool = True,
+    symmetric: bool = True,
 ) -> tuple[CPUExactInt8ScaledMMLinearKernel, Any, Tensor]:
     """A kernel, its layer as loaded, and the weight's scale for each channel."""
     config = Int8ScaledMMLinearLayerConfig(
-        is_static_input_scheme=static, is_channelwise=channelwise, input_symmetric=True
+        is_static_input_scheme=static,
+        is_channelwise=channelwise,
+        input_symmetric=symmetric,
     )
     layer: Any = nn.Module()
     layer.logical_widths = WIDTHS
@@ -246,7 +305,11 @@ def make_linear(
     loaded = {
         "weight": weight,
         "weight_scale": scale[:, None] if channelwise and column else scale,
-        "input_scale": torch.tensor([0.02]) if static else None,
+        "input_scale": torch.tensor(INPUT_SCALES) if static else None,
+        "input_zero_point": torch.tensor(ZERO_POINTS, dtype=torch.int8)
+        if static and not symmetric
+        else None,
+        "azp_adj": None,
     }
     for name, tensor in loaded.items():
         parameter = None if tensor is None else nn.Parameter(tensor, False)
@@ -262,30 +325,45 @@ def no_upstream_kernel(monkeypatch):
     monkeypatch.setattr(ops, "_supports_onednn", False)
 
 
-def linear_in_float64(x: Tensor, weight: Tensor, scale: Tensor, static: bool) -> Tensor:
-    quantized = (
-        static_per_tensor_quant_int8(x, torch.tensor(0.02))
-        if static
-        else per_token_quant_int8(x)
-    )
-    x_q, x_scale = (t.double() for t in quantized)
-    return (x_q @ weight.double().t()) * x_scale * scale.double()
+def linear_in_float64(
+    x: Tensor, weight: Tensor, scale: Tensor, static: bool, symmetric: bool
+) -> Tensor:
+    zero_point = torch.zeros(())
+    if static and symmetric:
+        x_q, x_scale = static_per_tensor_quant_int8(x, torch.tensor(max(INPUT_SCALES)))
+    elif symmetric:
+        x_q, x_scale = per_token_quant_int8(x)
+    elif static:
+        # One range holds those of both parts.
+        pairs = list(zip(INPUT_SCALES, ZERO_POINTS, strict=True))
+        smallest = min(s * (-128 - z) for s, z in pairs)
+        step = (max(s * (127 - z) for s, z in pairs) - smallest) / 255
+        zero_point = torch.tensor(round(-128 - smallest / step))
+        x_scale = torch.full((len(x), 1), step)
+        x_q, _ = static_per_tensor_quant_int8(x, torch.tensor(step), zero_point)
+    else:
+        x_q, x_scale, zero_point = per_token_quant_int8_asymmetric(x)
+    product = (x_q.double() - zero_point.double()) @ weight.double().t()
+    return product * x_scale.double() * scale.double()
 
 
 @pytest.mark.usefixtures("no_upstream_kernel")
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero_point"])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize(
     "channelwise, column", [(True, True), (True, False), (False, False)]
 )
 @pytest.mark.parametrize("shape", [(0,), (1,), (5,), (2, 3)], ids=str)
-def test_linear_matches_float64(channelwise, column, static, has_bias, shape, rng):
-    kernel, layer, scale = make_linear(rng, channelwise, static, column)
-    x = torch.randn(*shape, IN_FEATURES, generator=rng)
+def test_linear_matches_float64(
+    channelwise, column, static, symmetric, has_bias, shape, rng
+):
+    kernel, layer, scale = make_linear(rng, channelwise, static, column, symmetric)
+    x = torch.randn(*shape, IN_FEATURES, generator=rng) + 1
     bias = torch.randn(OUT_FEATURES, generator=rng) * 100 if has_bias else None
     output = kernel.apply_weights(layer, x, bias)
     expected = linear_in_float64(
-        x.reshape(-1, IN_FEATURES), layer.weight, scale, static
+        x.reshape(-1, IN_FEATURES), layer.weight, scale, static, symmetric
     )
     if bias is not None:
         expected = expected + bias
@@ -294,9 +372,25 @@ def test_linear_matches_float64(channelwise, column, static, has_bias, shape, rn
 
 
 @pytest.mark.usefixtures("no_upstream_kernel")
+def test_linear_of_rows_far_from_zero(rng):
+    """A zero point times the sum of a channel's weights passes 32 bits."""
+    kernel, layer, scale = make_linear(rng, True, False, symmetric=False)
+    with torch.no_grad():
+        layer.weight.fill_(127)
+    kernel.process_weights_after_loading(layer)
+    x = 5000 + 2 * torch.rand(3, IN_FEATURES, generator=rng)
+    _, _, zero_point = per_token_quant_int8_asymmetric(x)
+    assert (zero_point.double() * 127 * IN_FEATURES).abs().min() > 2**31
+    expected = linear_in_float64(x, layer.weight, scale, False, False)
+    output = kernel.apply_weights(layer, x)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("no_upstream_kernel")
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero_point"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_compiles_whole_and_keeps_the_dtype(dtype, rng):
-    kernel, layer, _ = make_linear(rng, channelwise=True, static=False)
+def test_linear_compiles_whole_and_keeps_the_dtype(dtype, symmetric, rng):
+    kernel, layer, _ = make_linear(rng, True, False, symmetric=symmetric)
     x = torch.randn(5, IN_FEATURES, generator=rng).to(dtype)
     compiled = torch.compile(kernel.apply_weights, fullgraph=True, backend="aot_eager")
     output = compiled(layer, x)
@@ -314,19 +408,15 @@ CPUS = {
 }
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero_point"])
 @pytest.mark.parametrize("cpu", CPUS)
-def test_linear_kernel_of(cpu, monkeypatch):
+def test_linear_kernel_of(cpu, symmetric, monkeypatch):
     has_onednn, is_exact, has_amx, expected = CPUS[cpu]
     monkeypatch.setattr(ops, "_supports_onednn", has_onednn)
     monkeypatch.setattr(cpu_exact, "has_exact_int8_dot", lambda: is_exact)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    assert type(linear.init_int8_linear_kernel(True, False, True, "a test")) is expected
-
-
-@pytest.mark.usefixtures("no_upstream_kernel")
-def test_linear_with_asymmetric_activations_is_left_to_upstream():
-    chosen = linear.init_int8_linear_kernel(True, True, False, "a test")
-    assert type(chosen) is CPUInt8ScaledMMLinearKernel
+    chosen = linear.init_int8_linear_kernel(True, False, symmetric, "a test")
+    assert type(chosen) is expected
 
 
 def test_other_platforms_keep_their_kernels(monkeypatch):

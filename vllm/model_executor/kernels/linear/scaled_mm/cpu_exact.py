@@ -13,6 +13,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
 from vllm.model_executor.layers.quantization.utils.cpu_int8_utils import (
     has_exact_int8_dot,
     per_token_quant_int8,
+    per_token_quant_int8_asymmetric,
     static_per_tensor_quant_int8,
 )
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import (
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class CPUExactInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
-    """Symmetric W8A8 with exact products on any CPU.
+    """W8A8 with exact products on any CPU.
 
     Steps back where upstream's kernel is right, and faster: on CPUs with VNNI but no
     AMX. Without VNNI that kernel saturates, and an AVX2 build of vLLM lacks it; with
@@ -46,18 +47,25 @@ class CPUExactInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
 
     @classmethod
     def can_implement(cls, c: Int8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
-        if not c.input_symmetric:
-            return False, "requires symmetric activations."
         return True, None
 
     def process_weights_after_loading(self, layer: "LinearBase") -> None:
-        _, scale_name, input_scale_name, _, _ = self.layer_param_names
-        _, scale, input_scale, _, _ = self._get_layer_params(layer)
+        _, scale_name, input_scale_name, zero_name, sums_name = self.layer_param_names
+        weight, scale, input_scale, zero_point, _ = self._get_layer_params(layer)
         if not self.config.is_channelwise:
             scale = convert_to_channelwise(scale, layer.logical_widths)
         replace_parameter(layer, scale_name, scale.view(1, -1))
-        if self.config.is_static_input_scheme:
-            replace_parameter(layer, input_scale_name, input_scale.max())
+        is_static = self.config.is_static_input_scheme
+        if self.config.input_symmetric:
+            if is_static:
+                replace_parameter(layer, input_scale_name, input_scale.max())
+            return
+        sums = weight.sum(dim=1, dtype=torch.int32)
+        setattr(layer, sums_name, torch.nn.Parameter(sums, requires_grad=False))
+        if is_static:
+            input_scale, zero_point = _cover(input_scale, zero_point)
+            replace_parameter(layer, input_scale_name, input_scale)
+            replace_parameter(layer, zero_name, zero_point)
 
     def apply_weights(
         self,
@@ -65,15 +73,36 @@ class CPUExactInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weight, weight_scale, input_scale, _, _ = self._get_layer_params(layer)
+        weight, weight_scale, input_scale, zero_point, sums = self._get_layer_params(
+            layer
+        )
+        is_symmetric = self.config.input_symmetric
         rows = x.reshape(-1, x.shape[-1])
-        if input_scale is None:
+        if input_scale is not None:
+            rows_q, row_scale = static_per_tensor_quant_int8(
+                rows, input_scale, None if is_symmetric else zero_point
+            )
+        elif is_symmetric:
             rows_q, row_scale = per_token_quant_int8(rows)
         else:
-            rows_q, row_scale = static_per_tensor_quant_int8(rows, input_scale)
-        out = (
-            torch.ops.quark_int8.cpu_int8_mm(rows_q, weight) * row_scale * weight_scale
-        )
+            rows_q, row_scale, zero_point = per_token_quant_int8_asymmetric(rows)
+        out = torch.ops.quark_int8.cpu_int8_mm(rows_q, weight)
+        if not is_symmetric:
+            # A row far from zero has a zero point whose product passes 32 bits.
+            out = out.long() - zero_point.long() * sums.long()
+        out = out * row_scale * weight_scale
         if bias is not None:
             out += bias
         return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def _cover(
+    scales: torch.Tensor, zero_points: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale and zero point, float32 and int32, for the ranges of all parts of a
+    fused layer, as upstream's kernels choose them."""
+    zero_points = zero_points.to(torch.int32)
+    smallest = (scales * (-128 - zero_points)).min()
+    largest = (scales * (127 - zero_points)).max()
+    scale = (largest - smallest) / 255
+    return scale, (-128 - smallest / scale).round().to(torch.int32)

@@ -26,6 +26,9 @@ _FEW_ROWS = 64
 # The float32 before 1/2. Added to a float32 of up to 127, it carries halves, and
 # nothing less, to the next integer; 1/2 would also carry the float32 before 1/2.
 _BELOW_HALF = 0.5 - 2**-25
+# Numbers of a row are equal where they differ by no more than this share of the
+# largest. Else the zero point would be so large that float32 lacks its fractions.
+_EQUAL = 2**-12
 
 
 @functools.cache
@@ -62,21 +65,53 @@ def per_token_quant_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.sign() * _BELOW_HALF + x).to(torch.int8), absmax / 127
 
 
+def per_token_quant_int8_asymmetric(
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize each row of `x` to int8 with a scale and a zero point of its own.
+
+    The scale is (max(row) - min(row)) / 255, the zero point -128 - min(row) / scale,
+    and halves round to even: the steps of the CPU's `dynamic_scaled_int8_quant`. That
+    one makes zeros of a row of equal numbers. Such a row has no zero point here, and
+    max(abs(row)) / 127 for a scale.
+
+    Args:
+        x: [M, K], float.
+
+    Returns:
+        [M, K] int8, scales [M, 1] float32 and zero points [M, 1] int32. A number of x
+        is about (its int8 - the zero point) * the scale.
+    """
+    x = x.float()
+    smallest, largest = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    absmax = torch.maximum(smallest.abs(), largest.abs())
+    is_equal = largest - smallest <= absmax * _EQUAL
+    scale = torch.where(is_equal, absmax.clamp(min=1e-10) / 127, largest - smallest)
+    scale = torch.where(is_equal, scale, scale / 255)
+    zero_point = torch.where(is_equal, 0, (-128 - smallest / scale).round())
+    x_q = (x / scale + zero_point).round().clamp(-128, 127).to(torch.int8)
+    return x_q, scale, zero_point.to(torch.int32)
+
+
 def static_per_tensor_quant_int8(
-    x: torch.Tensor, scale: torch.Tensor
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize `x` to int8 with the given scale.
+    """Quantize `x` to int8 with the given scale, and zero point if there is one.
 
     Rounds halves to even and saturates, as `scaled_int8_quant` does everywhere.
 
     Args:
         x: [M, K], float.
         scale: one float32.
+        zero_point: one int32.
 
     Returns:
         [M, K] int8 and the scale, repeated for each row, [M, 1] float32.
     """
-    x_q = (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
+    steps = x.float() / scale
+    if zero_point is not None:
+        steps = steps + zero_point
+    x_q = steps.round().clamp(-128, 127).to(torch.int8)
     return x_q, scale.expand(x.shape[0], 1).contiguous()
 
 
