@@ -188,3 +188,44 @@ def test_mistakes_are_found(name: str, tmp_path: Path) -> None:
     except AssertionError as error:
         found = str(error)
     assert re.search(said, found), found
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "num_warps"),
+    [
+        (128, 128, 8),
+        (128, 64, 4),
+        (128, 128, 4),
+        (64, 128, 4),
+        (64, 64, 4),
+        (64, 32, 4),
+    ],
+)
+def test_lines_are_exchanged_within_four_threads(
+    rows: int, columns: int, num_warps: int
+) -> None:
+    """The layout of results holds each element once; four threads have those that they
+    have of the tensor cores' sums (PTX ISA, wgmma.mma_async, matrix D)."""
+    layout = hopper_kernels._quads(rows, columns, num_warps)
+    bases = [*layout.reg_bases, *layout.lane_bases, *layout.warp_bases]
+    bits = range(len(bases))
+    assert 2 ** len(bases) == rows * columns
+    of_quads: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    in_registers = len(layout.reg_bases)
+    for n in range(rows * columns):
+        row = sum(bases[b][0] for b in bits if n >> b & 1)
+        column = sum(bases[b][1] for b in bits if n >> b & 1)
+        thread = n >> in_registers
+        of_quads.setdefault((thread // 32, thread % 32 // 4), set()).add((row, column))
+        assert column % 8 == n % 8  # eight on end
+    assert len(of_quads) == num_warps * 8
+    for (warp, quad), found in of_quads.items():
+        # A warp has 16 rows of each 16 x num_warps, eight of them a quad's step apart.
+        first = 16 * warp + quad
+        of_sums = range(first, rows, 16 * num_warps)
+        assert found == {
+            (row + half, column)
+            for row in of_sums
+            for half in (0, 8)
+            for column in range(columns)
+        }
