@@ -303,6 +303,9 @@ def measure_profile(settings: Settings, results: report.Results) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1",
     }
+    if settings.before:
+        # What is found there afterwards, this run has compiled.
+        shutil.rmtree(settings.before.cache, ignore_errors=True)
     stock, fork = settings.builds.values()
     for build in filter(None, (stock, settings.before, fork)):
         found: dict[str, Any] = {}
@@ -426,6 +429,8 @@ def parse_args() -> argparse.Namespace:
         help="measure nothing: print these as Markdown",
     )
     args = parser.parse_args()
+    if args.before and "profile" not in args.parts:
+        parser.error("--before: expected --parts profile, which is all that it is for")
     if args.layers < 2:
         parser.error("--layers: the first is dense, at least one has experts")
     if args.alone and args.parts != ["serve"]:

@@ -846,6 +846,10 @@ def test_log_without_loading_is_an_error(tmp_path: Path) -> None:
         (["--stock", "/nowhere"], "expected a folder that holds vllm/"),
         (["--stock", "/nowhere", "--layers", "1"], "at least one has experts"),
         (["--stock", "/nowhere", "--alone"], "expected --parts serve"),
+        (
+            ["--stock", "/nowhere", "--before", "/nowhere", "--parts", "serve"],
+            "expected --parts profile",
+        ),
     ],
 )
 def test_arguments_are_checked(

@@ -89,7 +89,8 @@ class CPUExactInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         out = torch.ops.quark_int8.cpu_int8_mm(rows_q, weight)
         if not is_symmetric:
             # A row far from zero has a zero point whose product passes 32 bits.
-            out = out.long() - zero_point.long() * sums.long()
+            zero_points = zero_point.double().flatten().expand(rows.shape[0])
+            out = out.double().addr_(zero_points, sums.double(), alpha=-1).float()
         out = out * row_scale * weight_scale
         if bias is not None:
             out += bias

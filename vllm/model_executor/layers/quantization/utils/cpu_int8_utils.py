@@ -71,9 +71,10 @@ def per_token_quant_int8_asymmetric(
     """Quantize each row of `x` to int8 with a scale and a zero point of its own.
 
     The scale is (max(row) - min(row)) / 255, the zero point -128 - min(row) / scale,
-    and halves round to even: the steps of the CPU's `dynamic_scaled_int8_quant`. That
-    one makes zeros of a row of equal numbers. Such a row has no zero point here, and
-    max(abs(row)) / 127 for a scale.
+    and halves round to even: the steps of the CPU's `dynamic_scaled_int8_quant`, but
+    for numbers within a float32 rounding of a half. That one makes zeros of a row of
+    equal numbers. Such a row has no zero point here, and max(abs(row)) / 127 for a
+    scale.
 
     Args:
         x: [M, K], float.

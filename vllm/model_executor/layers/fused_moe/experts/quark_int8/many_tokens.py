@@ -407,7 +407,10 @@ def _stepping_options(product: Product, size_k: int) -> dict[str, Any]:
 def _persistent_options(product: Product) -> dict[str, Any]:
     """Of the Gluon kernels."""
     options = dict(STAGES=product.num_stages, NUM_WARPS=product.num_warps)
+    # A step's buffer is free when the next product has been asked for.
+    assert product.num_stages > 1
     if product.ctas_per_sm > 1:
+        assert product.groups == 1
         # Of 65,536; as many warps copy, at most, as multiply.
         options["maxnreg"] = 1024 // (product.ctas_per_sm * product.num_warps)
     return options
