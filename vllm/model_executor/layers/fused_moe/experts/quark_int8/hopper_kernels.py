@@ -410,7 +410,9 @@ def w13_kernel(
 ):
     """`product_kernels.w13_kernel`; w13 is a TMA descriptor, BLOCK_SIZE_N rows a box.
 
-    NUM_WARPS multiply, or two GROUPS of so many; GATHER_WARPS copy.
+    NUM_WARPS multiply, or two GROUPS of so many; GATHER_WARPS copy. Each of STAGES
+    buffers holds BLOCK_SIZE_M + 2 BLOCK_SIZE_N rows of BLOCK_SIZE_K bytes, and a thread
+    BLOCK_SIZE_M BLOCK_SIZE_N / (16 NUM_WARPS) sums.
     """
     _wait_for_inputs(PDL)
     buffers = _buffers(
@@ -703,7 +705,9 @@ def w2_kernel(
     """`product_kernels.w2_kernel`; hq and w2 are TMA descriptors, BLOCK_SIZE_M and
     BLOCK_SIZE_N rows.
 
-    Two groups of NUM_WARPS multiply, COPY_WARPS copy.
+    Two groups of NUM_WARPS multiply, COPY_WARPS copy. Each of STAGES buffers holds
+    BLOCK_SIZE_M + BLOCK_SIZE_N rows of BLOCK_SIZE_K bytes, and a thread
+    BLOCK_SIZE_M BLOCK_SIZE_N / (32 NUM_WARPS) sums.
     """
     _wait_for_inputs(PDL)
     buffers = _buffers(BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, STAGES, 1)

@@ -42,7 +42,7 @@ def quantize_pairs_kernel(
     """Quantize the rows of tiles that hold a pair.
 
     h [tiles * BLOCK_SIZE_M, K] float to hq, int8, and scale [tiles * BLOCK_SIZE_M]
-    float32.
+    float32. Reads 2 K bytes a pair and writes K; a program has ROWS rows.
     """
     wait_for_inputs(PDL)
     start = tl.program_id(0) * ROWS
