@@ -8,8 +8,8 @@ from vllm.platforms import current_platform
 
 
 def skip_without_int8_ops() -> None:
-    """vLLM's build for CPUs without AVX-512 lacks its own INT8 kernels, and ends there
-    with an AttributeError, as stock does."""
+    """vLLM's build for CPUs without AVX-512 lacks its own INT8 kernels. Without the
+    group `cpu` it ends there with an AttributeError, as stock does."""
     if current_platform.is_cpu() and not hasattr(
         torch.ops._C, "static_scaled_int8_quant"
     ):

@@ -276,6 +276,35 @@ def test_product_is_exact_on(isa):
         assert "exact dot: False" in child.stdout
 
 
+ON_AVX2 = """
+import torch
+torch.cpu._is_avx512_supported = lambda: False  # vLLM then loads its build for AVX2
+import vllm._custom_ops as ops
+assert not ops._supports_onednn
+assert not hasattr(torch.ops._C, "static_scaled_int8_quant")
+import vllm.model_executor.kernels.linear
+for dtype in (torch.bfloat16, torch.float32):
+    x = (torch.randn(33, 70) * 100).to(dtype)
+    scale, zero_point = torch.tensor(0.5), torch.tensor(-17, dtype=torch.int32)
+    x[0] = (torch.arange(70) - 34.5) / 2  # halves
+    steps = x.double() / 0.5
+    found, _, _ = ops.scaled_int8_quant(x, scale=scale)
+    assert torch.equal(found.double(), steps.round().clamp(-128, 127))
+    found, _, _ = ops.scaled_int8_quant(x, scale, zero_point, symmetric=False)
+    assert torch.equal(found.double(), (steps - 17).round().clamp(-128, 127))
+"""
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="needs an x86-64 CPU, for its AVX2 build"
+)
+def test_build_for_avx2_gets_the_operator_that_it_lacks():
+    child = subprocess.run(
+        [sys.executable, "-c", ON_AVX2], capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+
+
 # --- linear layers ---
 
 NAMES = ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"]

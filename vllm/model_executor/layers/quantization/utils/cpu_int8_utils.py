@@ -10,7 +10,11 @@ products here are exact everywhere; `has_exact_int8_dot` says how they are compu
 import functools
 
 import torch
+import vllm._custom_ops  # noqa: F401  # loads the operators that this CPU's build has
+from torch import ops
+from torch.library import Library
 from vllm.model_executor.kernels.quark_int8_ops import register_op
+from vllm.platforms import current_platform
 
 # float32 holds every integer up to 2**24, so the sum of this many products of two
 # int8 values is exact in it, in any order.
@@ -156,3 +160,23 @@ register_op(
     fake_impl=_int8_mm_fake,
     dispatch_key="CPU",
 )
+
+
+def _static_scaled_int8_quant(
+    result: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    azp: torch.Tensor | None,
+) -> None:
+    result.copy_(static_per_tensor_quant_int8(x, scale, azp)[0])
+
+
+# vLLM's build for CPUs without AVX-512 lacks the operator behind `scaled_int8_quant`,
+# by which experts with one scale a tensor are quantized again as they load.
+if current_platform.is_cpu() and not hasattr(ops._C, "static_scaled_int8_quant"):
+    _VLLM = Library("_C", "FRAGMENT")
+    _VLLM.define(
+        "static_scaled_int8_quant("
+        "Tensor! result, Tensor input, Tensor scale, Tensor? azp) -> ()"
+    )
+    _VLLM.impl("static_scaled_int8_quant", _static_scaled_int8_quant, "CPU")
