@@ -362,9 +362,8 @@ class Interpreter:
                 self.program.unfenced.append(into)
         barrier.arrived.clear()
 
-    def expect(self, barrier: Barrier, num_bytes: int, pred: Any = True) -> None:
-        if pred:
-            barrier.arrive(1, num_bytes)
+    def expect(self, barrier: Barrier, num_bytes: int) -> None:
+        barrier.arrive(1, num_bytes)
 
     def arrive(self, barrier: Barrier, pred: Any = True) -> None:
         if pred:
@@ -375,15 +374,8 @@ class Interpreter:
         self.program.unfenced.clear()
 
     def copy_box(
-        self,
-        box: Any,
-        at: Sequence[Any],
-        barrier: Barrier,
-        into: Buffer,
-        pred: Any = True,
+        self, box: Any, at: Sequence[Any], barrier: Barrier, into: Buffer
     ) -> None:
-        if not pred:
-            return
         rows, columns = box.block_shape
         row, column = map(int, at)
         assert into.array.shape == (rows, columns) and row >= 0 and column >= 0
