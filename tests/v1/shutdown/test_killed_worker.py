@@ -126,13 +126,14 @@ def kill_while_serving(server: Server, title: str) -> None:
     """Two requests in flight end with an error."""
     server.wait_until_ready()
     assert_right(server)
-    # So many choices that they take longer than the busiest machine needs to kill.
+    # So many choices that they take longer than the busiest machine needs to kill. The
+    # stream is first: behind them it may have to wait for memory until they end.
     long = {"max_tokens": MAX_MODEL_LEN - 8, "ignore_eos": True, "temperature": 1}
     with ThreadPoolExecutor() as pool:
-        whole = pool.submit(post, server, **long, n=NUM_CHOICES)
-        server.wait_until(lambda: in_flight(server) > 0, "busy", ANSWER_SECONDS)
         with post(server, **long, stream=True) as stream:
             assert stream.readline().startswith(b"data: ")
+            whole = pool.submit(post, server, **long, n=NUM_CHOICES)
+            server.wait_until(lambda: in_flight(server) > 1, "busy", ANSWER_SECONDS)
             kill(server, title)
             rest = stream.read().decode()
         with pytest.raises(HTTPError) as refused:
