@@ -51,6 +51,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ROWS = st_numpy.arrays(
+    np.float32,
+    st_numpy.array_shapes(min_dims=2, max_dims=2, max_side=17),
+    elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
+)
 
 
 def full_range(*shape: int, rng: torch.Generator) -> Tensor:
@@ -73,13 +78,7 @@ def quantized_in_decimal(row: np.ndarray) -> tuple[list[int], np.float32]:
     return whole, absmax / np.float32(127)
 
 
-@given(
-    st_numpy.arrays(
-        np.float32,
-        st_numpy.array_shapes(min_dims=2, max_dims=2, max_side=17),
-        elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
-    )
-)
+@given(ROWS)
 def test_per_token_quant_rounds_each_row_by_the_rule(x):
     x_q, scale = per_token_quant_int8(torch.from_numpy(x))
     assert (x_q.dtype, scale.dtype) == (torch.int8, torch.float32)
@@ -144,13 +143,7 @@ def test_static_quant_equals_upstream_kernel(rng):
     assert torch.equal(row_scale, torch.full((9, 1), 0.5))
 
 
-@given(
-    st_numpy.arrays(
-        np.float32,
-        st_numpy.array_shapes(min_dims=2, max_dims=2, max_side=17),
-        elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
-    )
-)
+@given(ROWS)
 def test_asymmetric_quant_is_within_half_a_step(x):
     """Of 1/255 of the row's range; a row of equal numbers is held by one step."""
     x_q, scale, zero_point = per_token_quant_int8_asymmetric(torch.from_numpy(x))

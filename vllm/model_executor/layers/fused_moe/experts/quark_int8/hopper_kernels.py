@@ -419,6 +419,8 @@ def w13_kernel(
         BLOCK_SIZE_M, 2 * BLOCK_SIZE_N, BLOCK_SIZE_K, STAGES, 1 + 32 * GATHER_WARPS
     )
     num_tiles = gl.load(num_tiles_ptr)
+    # Arguments are written out each time: in a tuple of a name of its own Gluon makes
+    # tensors of what is constexpr, and takes no None.
     if GROUPS == 2:
         gl.warp_specialize(
             [
