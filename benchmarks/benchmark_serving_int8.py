@@ -105,6 +105,12 @@ class Settings:
     before: Build | None = None  # the fork before a change, for the profile
 
     @property
+    def profiled(self) -> list[Build]:
+        """In this order, one after the other."""
+        stock, fork = self.builds.values()
+        return [stock, *([self.before] if self.before else []), fork]
+
+    @property
     def model(self) -> Path:
         return self.work / "checkpoint"
 
@@ -306,8 +312,7 @@ def measure_profile(settings: Settings, results: report.Results) -> None:
     if settings.before:
         # What is found there afterwards, this run has compiled.
         shutil.rmtree(settings.before.cache, ignore_errors=True)
-    stock, fork = settings.builds.values()
-    for build in filter(None, (stock, settings.before, fork)):
+    for build in settings.profiled:
         found: dict[str, Any] = {}
         with engine_job(settings, build, "profile", env) as one:
             for phase in PHASES:
@@ -363,10 +368,10 @@ def measure(settings: Settings, parts: Sequence[str]) -> None:
         if part in parts:
             measure_part(settings, results)
             if torch.cuda.is_available():
-                ran = [*settings.builds.values()]
-                if part == "profile" and settings.before:
-                    ran.append(settings.before)
-                check_kernels(ran)
+                profiled = part == "profile"
+                check_kernels(
+                    settings.profiled if profiled else settings.builds.values()
+                )
             report.plot(results.result, results.path.with_suffix(".png"))
     for table in results.tables():
         console.print(table, highlight=False, markup=False)

@@ -60,8 +60,9 @@ class CPUExactInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             if is_static:
                 replace_parameter(layer, input_scale_name, input_scale.max())
             return
-        sums = weight.sum(dim=1, dtype=torch.int32)
-        setattr(layer, sums_name, torch.nn.Parameter(sums, requires_grad=False))
+        # Whole numbers, as the product with a zero point wants them.
+        sums = weight.sum(dim=1, dtype=torch.float64)
+        replace_parameter(layer, sums_name, sums)
         if is_static:
             input_scale, zero_point = _cover(input_scale, zero_point)
             replace_parameter(layer, input_scale_name, input_scale)
@@ -90,7 +91,7 @@ class CPUExactInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         if not is_symmetric:
             # A row far from zero has a zero point whose product passes 32 bits.
             zero_points = zero_point.double().flatten().expand(rows.shape[0])
-            out = out.double().addr_(zero_points, sums.double(), alpha=-1).float()
+            out = out.double().addr_(zero_points, sums, alpha=-1).float()
         out = out * row_scale * weight_scale
         if bias is not None:
             out += bias

@@ -91,8 +91,8 @@ def per_token_quant_int8_asymmetric(
     smallest, largest = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
     absmax = torch.maximum(smallest.abs(), largest.abs())
     is_equal = largest - smallest <= absmax * _EQUAL
-    scale = torch.where(is_equal, absmax.clamp(min=1e-10) / 127, largest - smallest)
-    scale = torch.where(is_equal, scale, scale / 255)
+    of_equal = absmax.clamp(min=1e-10) / 127
+    scale = torch.where(is_equal, of_equal, (largest - smallest) / 255)
     zero_point = torch.where(is_equal, 0, (-128 - smallest / scale).round())
     x_q = (x / scale + zero_point).round().clamp(-128, 127).to(torch.int8)
     return x_q, scale, zero_point.to(torch.int32)
